@@ -202,3 +202,67 @@ def keys(node: Any = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
         else:
             out[name] = (value, f.metadata.get("doc", ""))
     return out
+
+
+def validate(config: Config) -> None:
+    """Range checks that need nothing but the numbers.
+
+    Raises:
+        ConfigError: for the first setting that cannot work.
+    """
+
+    def check(ok: bool, key: str, problem: str, remedy: str) -> None:
+        if not ok:
+            value: Any = config
+            for part in key.split("."):
+                value = getattr(value, part)
+            raise ConfigError(key, f"is {value!r}, but {problem}", remedy)
+
+    c = config
+    check(c.run.steps >= 0, "run.steps", "a number of steps is not negative", "set it to 0 or more")
+    check(c.run.checkpoint_every >= 0, "run.checkpoint_every", "it counts steps", "set it to 1 or more; 0 keeps only the last step")
+    check(c.run.keep_checkpoints >= 1, "run.keep_checkpoints", "the last one is always kept", "set it to 1 or more")
+    check(bool(c.model.path), "model.path", "a model is needed", "give a folder, a hub id, package:… or make:…")
+    for key in ("problems_per_step", "completions_per_problem", "max_new_tokens", "num_engines"):
+        check(getattr(c.rollout, key) >= 1, f"rollout.{key}", "it must be at least 1", "raise it")
+    for section in ("rollout", "eval"):
+        node = getattr(c, section)
+        check(node.temperature >= 0, f"{section}.temperature", "a temperature is not negative", "0 is greedy, 1 is the model's own distribution")
+        check(0 < node.top_p <= 1, f"{section}.top_p", "it must be in (0, 1]", "1 is off")
+    check(c.rollout.temperature > 0, "rollout.temperature", "greedy rollouts of a group are all the same: nothing to compare", "set it above 0; 1 is usual")
+    check(
+        c.rollout.top_p == 1,
+        "rollout.top_p",
+        "training on truncated sampling biases the importance weights: the trainer's log-probs are those of the full distribution",
+        "set it to 1 for training; eval.top_p is free",
+    )
+    check(c.rollout.top_k == 0, "rollout.top_k", "training on truncated sampling biases the importance weights", "set it to 0 for training")
+    check(c.rollout.cpus_per_engine >= 0, "rollout.cpus_per_engine", "it counts cores", "0 divides all cores among the engines")
+    check(c.rollout.gpus_per_engine >= 0, "rollout.gpus_per_engine", "it counts GPUs", "0 is CPU")
+    check(c.optim.lr >= 0, "optim.lr", "a learning rate is not negative", "1e-6 is usual for large models, 1e-5 for small ones")
+    check(0 <= c.optim.min_lr_ratio <= 1, "optim.min_lr_ratio", "it is a share of optim.lr", "set it between 0 and 1")
+    check(c.optim.warmup_steps >= 0, "optim.warmup_steps", "it counts optimiser updates", "0 is no warm-up")
+    check(c.optim.weight_decay >= 0, "optim.weight_decay", "a decay is not negative", "0 is off")
+    check(len(c.optim.betas) == 2 and all(0 <= b < 1 for b in c.optim.betas), "optim.betas", "AdamW takes two numbers in [0, 1)", "e.g. [0.9, 0.999]")
+    check(c.optim.eps > 0, "optim.eps", "it must be positive", "1e-8 is usual")
+    check(c.optim.max_grad_norm >= 0, "optim.max_grad_norm", "a norm is not negative", "0 is off")
+    check(
+        1 <= c.optim.updates_per_step <= c.rollout.problems_per_step,
+        "optim.updates_per_step",
+        f"the {c.rollout.problems_per_step} groups of a step are divided among its updates",
+        "set it between 1 and rollout.problems_per_step",
+    )
+    check(c.algo.entropy_coef >= 0, "algo.entropy_coef", "a bonus is not negative", "0 is off")
+    check(c.algo.reference_refresh >= 0, "algo.reference_refresh", "it counts optimiser updates", "0 is never")
+    check(c.trainer.tokens_per_microbatch >= 1, "trainer.tokens_per_microbatch", "it counts tokens", "4096 is usual")
+    check(c.trainer.logprob_chunk >= 1, "trainer.logprob_chunk", "it counts tokens", "256 is usual")
+    check(c.eval.every >= 0, "eval.every", "it counts steps", "0 evaluates only at the start and the end")
+    check(c.eval.problems >= 0, "eval.problems", "it counts problems", "0 is no evaluation")
+    check(c.eval.samples >= 1, "eval.samples", "it counts completions a problem", "set it to 1 or more")
+    check(c.logger.sample_every >= 0, "logger.sample_every", "it counts steps", "0 is never")
+    for name in ("advantage", "objective", "aggregation"):
+        check(bool(getattr(c.algo, name)), f"algo.{name}", "every objective needs one", "choose a preset, e.g. algo=grpo")
+    if not c.reward:
+        raise ConfigError("reward", "is empty", "choose a preset, e.g. reward=r1_rules, or add reward.NAME.fn=…")
+    if c.eval.problems and c.eval.metric not in c.reward:
+        raise ConfigError("eval.metric", f"is {c.eval.metric!r}, but the reward parts are {', '.join(c.reward)}", "name one of them")

@@ -1,0 +1,37 @@
+"""Per-token values → one number, with the denominators of the whole optimiser step: ``f(values [tokens], batch) -> []``.
+
+Because ``batch.totals`` is counted before anything is dropped or split, the sum over any split of a batch is the whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from grpo.batch import Batch
+
+Tokens = Float[Tensor, " tokens"]
+Scalar = Float[Tensor, ""]
+
+
+def token_mean(values: Tokens, batch: Batch) -> Scalar:
+    """1/Σ|o_i| Σ_i Σ_t: every token counts the same (DAPO 2503.14476 Eq. 8)."""
+    return values.sum() / max(batch.totals.tokens, 1)
+
+
+def sequence_mean(values: Tokens, batch: Batch) -> Scalar:
+    """1/G Σ_i 1/|o_i| Σ_t: every completion counts the same (DeepSeekMath Eq. 3, R1)."""
+    lengths = torch.bincount(batch.rollout_index, minlength=len(batch.rollouts)).to(values)
+    return (values / lengths[batch.rollout_index]).sum() / max(batch.totals.rollouts, 1)
+
+
+def constant_length(values: Tokens, batch: Batch, *, length: int) -> Scalar:
+    """1/(G·L) Σ_i Σ_t with a constant L, usually the token limit: no reward for being short or long (Dr. GRPO)."""
+    return values.sum() / (max(batch.totals.rollouts, 1) * length)
+
+
+def group_mean(values: Tokens, batch: Batch) -> Scalar:
+    """Token mean inside each group, then the mean over groups: every problem counts the same."""
+    lengths = batch.group_num_tokens.to(values)[batch.group_index][batch.rollout_index]
+    return (values / lengths).sum() / max(batch.totals.groups, 1)

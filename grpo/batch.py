@@ -1,0 +1,107 @@
+"""Rollouts → flat tensors. Only tokens the policy sampled are in them: no prompt, no padding, no mask.
+
+Axes: ``tokens`` (all trained tokens of the batch, concatenated), ``rollouts``, ``groups``. ``rollout_index[t]`` says which
+rollout token ``t`` belongs to, ``group_index[i]`` which group rollout ``i`` belongs to – so a ragged group is ordinary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from grpo.types import Group, Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """The denominators of one optimiser step, counted before anything is dropped or split. ``Totals(tokens=4480, rollouts=128, groups=16)``"""
+
+    tokens: int
+    rollouts: int
+    groups: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Rollouts and, beside them, one tensor a quantity. A split takes whole rollouts and keeps ``totals``."""
+
+    rollouts: tuple[Rollout, ...]
+    behavior_logprobs: Float[Tensor, " tokens"]
+    rollout_index: Int[Tensor, " tokens"]
+    group_index: Int[Tensor, " rollouts"]
+    group_num_tokens: Int[Tensor, " groups"]  # of the whole groups, also when this batch holds a part of one
+    rewards: Float[Tensor, " rollouts"]
+    totals: Totals
+    advantages: Float[Tensor, " tokens"] | None = None
+    proximal_logprobs: Float[Tensor, " tokens"] | None = None  # None: the policy itself, detached
+    reference_logprobs: Float[Tensor, " tokens"] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rollout_index.numel()
+
+    def with_advantages(self, advantage: Callable[..., Tensor]) -> Batch:
+        """``advantage(rewards [rollouts], group_index [rollouts]) -> [rollouts]``, spread over each rollout's tokens."""
+        return replace(self, advantages=advantage(self.rewards, self.group_index)[self.rollout_index])
+
+    def select(self, keep: Sequence[int]) -> Batch:
+        """The rollouts at positions ``keep``, in that order, under unchanged totals and group numbers."""
+        if list(keep) == list(range(len(self.rollouts))):
+            return self
+        starts = torch.searchsorted(self.rollout_index, torch.arange(len(self.rollouts) + 1))
+        tokens = torch.cat([torch.arange(int(starts[i]), int(starts[i + 1])) for i in keep]) if keep else torch.arange(0)
+        lengths = torch.tensor([int(starts[i + 1] - starts[i]) for i in keep], dtype=torch.long)
+        rows = torch.tensor(list(keep), dtype=torch.long)
+
+        def of(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[tokens]
+
+        return replace(
+            self,
+            rollouts=tuple(self.rollouts[i] for i in keep),
+            behavior_logprobs=self.behavior_logprobs[tokens],
+            rollout_index=torch.repeat_interleave(torch.arange(len(lengths)), lengths),
+            group_index=self.group_index[rows],
+            rewards=self.rewards[rows],
+            advantages=of(self.advantages),
+            proximal_logprobs=of(self.proximal_logprobs),
+            reference_logprobs=of(self.reference_logprobs),
+        )
+
+    def with_signal(self) -> Batch:
+        """Without the rollouts whose advantages are all exactly zero: they move no weight, yet stay in ``totals``."""
+        assert self.advantages is not None, "advantages come first"
+        signal = torch.zeros(len(self.rollouts), dtype=torch.bool)
+        signal[self.rollout_index[self.advantages != 0]] = True
+        return self.select(signal.nonzero().flatten().tolist())
+
+    def minibatches(self, num: int) -> Iterator[Batch]:
+        """``num`` parts of whole groups, about equally many each, every part with totals of its own: one optimiser step each."""
+        groups = self.group_index.unique().tolist()
+        num = max(1, min(num, len(groups)))
+        for part in range(num):
+            mine = set(groups[part::num])
+            batch = self.select([i for i, g in enumerate(self.group_index.tolist()) if g in mine])
+            yield replace(batch, totals=Totals(tokens=batch.num_tokens, rollouts=len(batch.rollouts), groups=len(mine)))
+
+
+def collate(groups: Sequence[Group]) -> Batch:
+    """Flatten groups; a completion without tokens, or one that could not be scored, takes no part in the loss or its totals."""
+    kept = [[r for r in group.rollouts if r.completion.token_ids and r.scored] for group in groups]
+    kept = [rollouts for rollouts in kept if rollouts]
+    rollouts = tuple(r for group in kept for r in group)
+    lengths = torch.tensor([len(r.completion.token_ids) for r in rollouts], dtype=torch.long)
+    group_lengths = torch.tensor([sum(len(r.completion.token_ids) for r in group) for group in kept], dtype=torch.long)
+    return Batch(
+        rollouts=rollouts,
+        behavior_logprobs=torch.tensor([p for r in rollouts for p in r.completion.logprobs], dtype=torch.float32),
+        rollout_index=torch.repeat_interleave(torch.arange(len(rollouts)), lengths),
+        group_index=torch.repeat_interleave(torch.arange(len(kept)), torch.tensor([len(g) for g in kept], dtype=torch.long)),
+        group_num_tokens=group_lengths,
+        rewards=torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
+        totals=Totals(tokens=int(lengths.sum()), rollouts=len(rollouts), groups=len(kept)),
+    )

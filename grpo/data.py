@@ -1,0 +1,171 @@
+"""Where problems come from: a function ``fn(split, seed=…, **arguments) -> list of rows`` and an order that can be resumed.
+
+A row is a mapping of columns; ``prompt_key`` and ``answer_key`` of the configuration say which are the question and the gold
+answer. ``split`` is ``"train"`` or ``"heldout"``; the two must not share a row, which is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.config import ConfigError
+from grpo.types import Problem
+
+Row = Mapping[str, Any]
+
+
+# ---- sources of rows -------------------------------------------------------------------------------------------------
+
+
+def sums(split: str, *, seed: int = 0, terms: int = 3, low: int = 1, high: int = 20, heldout: int = 200, size: int = 4000) -> list[Row]:
+    """``low`` ≤ terms ≤ ``high`` to add up. A sum is held out by its own hash, so no seed and no order can leak it into training."""
+    space = (high - low + 1) ** terms
+    if heldout >= space // 2:
+        raise ConfigError("data.problems.heldout", f"{heldout} of only {space} possible sums", "raise high or terms, or lower heldout")
+    rng = random.Random(f"sums/{split}/{seed}" if split == "train" else "sums/heldout")
+    wanted = min(size, space - 2 * heldout) if split == "train" else heldout
+    rows: dict[tuple[int, ...], Row] = {}
+    for _ in range(100 * space):
+        if len(rows) >= wanted:
+            break
+        numbers = tuple(rng.randint(low, high) for _ in range(terms))
+        if (_share(numbers) < max(0.1, 2 * heldout / space)) == (split == "heldout"):
+            rows.setdefault(numbers, {"question": " + ".join(map(str, numbers)), "answer": str(sum(numbers))})
+    return list(rows.values())
+
+
+def _share(numbers: tuple[int, ...]) -> float:
+    """A number in [0, 1) that depends on the problem alone, whatever the order of its terms: 3+4+5 and 5+4+3 go to the same split."""
+    digest = hashlib.blake2b(json.dumps(sorted(numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def jsonl(split: str, *, train: str, heldout: str, seed: int = 0, limit: int = 0) -> list[Row]:
+    """Two JSON-lines files, one object a line."""
+    key, path = f"data.problems.{split}", Path({"train": train, "heldout": heldout}[split]).expanduser()
+    if not path.is_file():
+        raise ConfigError(key, f"the file {str(path)!r} does not exist (looked in {Path.cwd()})", "check the path")
+    rows: list[Row] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(key, f"{path}, line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ConfigError(key, f"{path}, line {number} is a {type(row).__name__}, not an object")
+            rows.append(row)
+    return rows[:limit] if limit else rows
+
+
+def huggingface(
+    split: str, *, path: str, train: str = "train", heldout: str = "test", name: str | None = None, revision: str | None = None,
+    seed: int = 0, limit: int = 0,
+) -> list[Row]:
+    """A data set of the Hugging Face hub, or a folder ``datasets.load_dataset`` understands; slices like ``train[:95%]`` work."""
+    import datasets
+
+    wanted = {"train": train, "heldout": heldout}[split]
+    try:
+        table = datasets.load_dataset(path, name, split=wanted, revision=revision)
+    except Exception as error:
+        raise ConfigError("data.problems.path", f"cannot load {path!r}, split {wanted!r}: {type(error).__name__}: {error}") from error
+    return [dict(row) for row in (table.select(range(min(limit, len(table)))) if limit else table)]
+
+
+# ---- rows → problems -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFormat:
+    """How a row becomes the text the policy sees. ``template`` holds columns in braces; empty: the prompt column as it is."""
+
+    template: str = ""
+    prompt_key: str = "question"
+    answer_key: str = "answer"
+    chat: Callable[[str], str] | None = None  # text of one user message → text with the model's chat template
+
+    def problem(self, row: Row, split: str, number: int) -> Problem:
+        for key, column in (("data.prompt_key", self.prompt_key), ("data.answer_key", self.answer_key)):
+            if column not in row:
+                raise ConfigError(key, f"row {number} of the {split} split has no column {column!r}", f"its columns are: {', '.join(map(str, row))}")
+        prompt = str(row[self.prompt_key])
+        if self.template:
+            prompt = _fill(self.template, row, split, number)
+        return Problem(
+            id=str(row.get("id", f"{split}/{number}")),
+            prompt=self.chat(prompt) if self.chat else prompt,
+            answer=str(row[self.answer_key]),
+            columns=dict(row),
+        )
+
+
+def _fill(template: str, row: Row, split: str, number: int) -> str:
+    """Columns in single braces; everything else, braces of LaTeX or JSON in the row included, stays as it is."""
+    try:
+        return template.format_map(row)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigError(
+            "data.template", f"cannot be filled with row {number} of the {split} split: {type(error).__name__}: {error}",
+            f"its columns are {', '.join(map(str, row))}; a brace that is meant as a brace is written twice: {{{{ }}}}",
+        ) from error
+
+
+def load_problems(rows: Sequence[Row], split: str, prompt_format: PromptFormat) -> list[Problem]:
+    """All problems of a split; ids must be unique, since groups are found by them."""
+    if not rows:
+        raise ConfigError("data.problems", f"the {split} split has no rows")
+    problems = [prompt_format.problem(row, split, number) for number, row in enumerate(rows)]
+    ids = [p.id for p in problems]
+    if len(set(ids)) < len(ids):
+        twice = next(i for n, i in enumerate(ids) if i in ids[:n])
+        raise ConfigError("data.problems", f"two rows of the {split} split have the id {twice!r}", "make the column `id` unique, or leave it out")
+    return problems
+
+
+def check_disjoint(train: Sequence[Problem], heldout: Sequence[Problem]) -> None:
+    """Raises ConfigError when a held-out prompt is also trained on: its score would be a lie."""
+    seen = {p.prompt for p in train}
+    if shared := [p for p in heldout if p.prompt in seen]:
+        raise ConfigError("data.problems", f"{len(shared)} of {len(heldout)} held-out problems are also in the training split, e.g. {shared[0].id}", "hold out other rows")
+
+
+class ProblemSource:
+    """An endless, shuffled stream of problems whose position is one number: epoch ``e`` has the order of (seed, e)."""
+
+    def __init__(self, problems: Sequence[Problem], seed: int) -> None:
+        self.problems, self.seed, self.position = list(problems), seed, 0
+
+    def take(self, count: int) -> list[Problem]:
+        """The next ``count`` problems, all different.
+
+        Raises:
+            ConfigError: there are fewer problems than that.
+        """
+        if count > len(self.problems):
+            raise ConfigError("rollout.problems_per_step", f"is {count}, but the training split has only {len(self.problems)} problems", "lower it")
+        taken: dict[str, Problem] = {}
+        for problem in self._from(self.position):
+            self.position += 1
+            taken.setdefault(problem.id, problem)  # across an epoch's end one may come again: take it once
+            if len(taken) == count:
+                return list(taken.values())
+        raise AssertionError("an endless stream ended")
+
+    def _from(self, position: int) -> Iterator[Problem]:
+        first = position // len(self.problems)
+        for epoch in itertools.count(first):
+            order = list(range(len(self.problems)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            skip = position - epoch * len(self.problems) if epoch == first else 0
+            for index in order[skip:]:
+                yield self.problems[index]

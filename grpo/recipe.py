@@ -1,0 +1,160 @@
+"""Recipes → ``Config``, through Hydra. With ``grpo.cli``, the only place that knows Hydra and OmegaConf.
+
+After ``load_recipe`` only dataclasses travel.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grpo.config import Config, ConfigError, keys, validate
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+BUILT_IN = "pkg://grpo.recipes"
+
+
+def load_recipe(recipe: str, *overrides: str) -> Config:
+    """``load_recipe("r1_zero_arithmetic", "optim.lr=1e-5")`` or ``load_recipe("my_recipe.yaml")``.
+
+    Raises:
+        ConfigError: naming the key, what is allowed and the remedy.
+    """
+    return to_config(compose_recipe(recipe, overrides))
+
+
+def built_in() -> dict[str, str]:
+    """Name → first comment line of every built-in recipe."""
+    found = {}
+    for file in sorted(resources.files("grpo.recipes").iterdir(), key=lambda f: f.name):
+        if file.name.endswith(".yaml"):
+            first = file.read_text(encoding="utf-8").splitlines()[0]
+            found[file.name.removesuffix(".yaml")] = first.removeprefix("#").strip()
+    return found
+
+
+@cache
+def groups() -> dict[str, tuple[str, ...]]:
+    """Config group → its choices, e.g. ``{"algo": ("grpo", …)}``."""
+    folders = [f for f in resources.files("grpo.recipes").iterdir() if f.is_dir() and not f.name.startswith("_")]
+    return {f.name: tuple(sorted(c.name.removesuffix(".yaml") for c in f.iterdir() if c.name.endswith(".yaml"))) for f in folders}
+
+
+def locate(recipe: str) -> tuple[Path | None, str]:
+    """(folder of the user's own YAML, or None for a built-in; config name)."""
+    if not recipe.endswith((".yaml", ".yml")):
+        if recipe not in built_in():
+            near = get_close_matches(recipe, built_in(), n=1)
+            raise ConfigError(
+                "recipe", f"there is no built-in recipe {recipe!r}", f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(built_in())}; or give a path to a YAML file"
+            )
+        return None, recipe
+    file = Path(recipe).expanduser().resolve()
+    if not file.is_file():
+        raise ConfigError("recipe", f"the file {recipe!r} does not exist (looked in {Path.cwd()})", "check the path")
+    if file.stem in built_in():
+        raise ConfigError("recipe", f"{file.name} has the name of a built-in recipe, which Hydra would load instead", "rename your file")
+    return file.parent, file.stem
+
+
+def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
+    """The composed configuration, types checked by the schema, ranges not yet."""
+    folder, name = locate(recipe)
+    prepared = prepare(overrides)
+    GlobalHydra.instance().clear()
+    try:
+        if folder is None:
+            with initialize_config_module("grpo.recipes", version_base="1.3"):
+                composed = compose(name, prepared)
+        else:
+            with initialize_config_dir(str(folder), version_base="1.3"):
+                composed = compose(name, [*prepared, f"hydra.searchpath=[{BUILT_IN}]"])
+        if OmegaConf.get_type(composed) is not Config:
+            raise ConfigError("defaults", f"recipe {recipe!r} does not start from the schema", "put `- schema` first in its defaults list")
+    except (HydraException, OmegaConfBaseException) as error:
+        raise translate(error) from error
+    if not composed.run.recipe:
+        composed.run.recipe = name
+    return composed
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Resolve interpolations, convert to dataclasses, check ranges."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(missing[0], "has no value", f"set it in the recipe or as {missing[0]}=…")
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise translate(error) from error
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def prepare(overrides: Sequence[str]) -> list[str]:
+    """Check every override's key, and mark new names under open nodes as additions, so that ``reward.brevity.fn=…`` just works."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError("command line", _first_line(error), "overrides are written key=value") from error
+    return [_prepare_one(text, override) for text, override in zip(overrides, parsed, strict=True)]
+
+
+def _prepare_one(text: str, override: Override) -> str:
+    key = override.key_or_group
+    if key in groups() or key.startswith("hydra"):
+        if isinstance(value := override.value(), str) and key in groups() and value not in groups()[key]:
+            near = get_close_matches(value, groups()[key], n=1)
+            raise ConfigError(key, f"there is no {value!r}", f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(groups()[key])}")
+        return text
+    known = keys()
+    if key in known and not isinstance(known[key][0], dict):
+        return text
+    if any(key.startswith(name + ".") for name, (default, _) in known.items() if isinstance(default, dict)):
+        return text if text.startswith(("+", "~")) else f"++{text}"
+    if any(name.startswith(key + ".") for name in known):
+        raise ConfigError(key, "is a section, not a setting", f"set one of its keys, e.g. {next(n for n in known if n.startswith(key + '.'))}=…")
+    raise unknown_key(key)
+
+
+def unknown_key(key: str) -> ConfigError:
+    """An error with the nearest real key: by the whole name, else by the last word."""
+    known = list(keys())
+    near = get_close_matches(key, known, n=1, cutoff=0.75) or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    near = near or get_close_matches(key, known, n=1, cutoff=0.5)
+    return ConfigError(key, "there is no such key", f"did you mean {near[0]!r}?" if near else "`grpo recipes show` lists all keys")
+
+
+def translate(error: Exception) -> ConfigError:
+    """Hydra's and OmegaConf's errors in our words: the key first."""
+    text = str(error.__cause__ or error)
+    key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
+    if match := re.search(r"full_key: (\S+)", f"{error}\n{text}"):
+        key = match[1]
+    first = _first_line(text)
+    if key and (" not in " in first or "not in struct" in first):
+        return unknown_key(key)
+    if match := re.search(r"Could not find '([^']+)'", str(error)):
+        group, _, choice = match[1].rpartition("/")
+        return ConfigError(group or "defaults", f"there is no {choice!r}", f"choose from: {', '.join(groups().get(group, built_in()))}")
+    return ConfigError(key or "recipe", first, "`grpo recipes show` lists every key with its meaning")
+
+
+def _first_line(error: Any) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

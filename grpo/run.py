@@ -1,0 +1,374 @@
+"""The run folder: everything a run leaves behind, under ``runs/<recipe>/<name>/``.
+
+A crash may happen at any byte, so each file is either replaced whole (written beside its place, synced, renamed) or, for
+``metrics.jsonl``, appended to a line at a time and read with a tolerance for the one line a crash can cut.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from grpo.config import ConfigError
+from grpo.types import Group, Rollout
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+RolloutKey = tuple[str, int]  # (problem id, index of the completion): names a rollout within one step
+RolloutFolder = Literal["rollouts", "eval"]
+
+PACKAGES = ("grpo-toolkit", "torch", "vllm", "ray", "transformers", "wandb")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where the files of one run stand. ``RunFolder.create(Path("runs"), "r1_zero_arithmetic")`` or ``RunFolder.open(path)``."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: Path, recipe: str, name: str = "", resume: bool = False) -> RunFolder:
+        """Make ``<root>/<recipe>/<name>``; an empty ``name`` becomes the time (UTC), made unique.
+
+        Raises:
+            ConfigError: the folder holds a run already, cannot be made, or (``resume``) is not there.
+        """
+        _check_component("run.recipe", recipe)
+        if not name:
+            if resume:
+                raise ConfigError("run.resume", "is true but run.name is empty", "name the run to go on with: run.name=…")
+            return cls(_make_unique(root / recipe, datetime.now(UTC).strftime("%Y-%m-%d_%H-%M-%S")))
+        _check_component("run.name", name)
+        path = root / recipe / name
+        if resume:
+            return cls.open(path)
+        if path.is_dir() and any(path.iterdir()):
+            raise ConfigError("run.name", f"{str(path)!r} holds a run already", "choose another name, or go on with it: run.resume=true")
+        _make_folder(path, exist_ok=True)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The run folder at ``path``.
+
+        Raises:
+            ConfigError: there is no run there.
+        """
+        if not path.is_dir():
+            raise ConfigError("run", f"the folder {str(path)!r} does not exist (looked in {Path.cwd()})", "check the path")
+        if not (path / "config.yaml").is_file():
+            raise ConfigError("run", f"{str(path)!r} is not a run folder: it has no config.yaml", "give runs/<recipe>/<name>")
+        return cls(path)
+
+    @property
+    def recipe(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def objective_file(self) -> Path:
+        return self.path / "objective.md"
+
+    @property
+    def environment_file(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / _step_name(step)
+
+    @property
+    def best_checkpoint(self) -> Path:
+        return self.checkpoints / "best"
+
+    def write_config(self, yaml: str) -> None:
+        write_text(self.config_file, yaml)
+
+    def write_objective(self, markdown: str) -> None:
+        write_text(self.objective_file, markdown)
+
+    def write_environment(self) -> None:
+        """Record the machine, the versions and the command of this start; a resumed run overwrites it with its own."""
+        write_text(self.environment_file, json.dumps(environment(), indent=2, ensure_ascii=False) + "\n")
+
+    def append_metrics(self, row: Mapping[str, float]) -> None:
+        """Add one line to ``metrics.jsonl``. JSON knows no NaN and no infinity: they become null."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(_format_row(row))
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """The rows of ``metrics.jsonl`` (null → NaN), without the last one if a crash left it half written.
+
+        Raises:
+            ValueError: another line is damaged.
+        """
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").split("\n")
+        complete, torn = lines[:-1], lines[-1]  # every complete line ends in \n, so the last piece is empty or torn
+        rows = [_parse_row(line, number, self.metrics_file) for number, line in enumerate(complete, 1) if line.strip()]
+        if torn:
+            try:
+                rows.append(_parse_row(torn, len(lines), self.metrics_file))
+            except ValueError:
+                pass  # what a crash leaves: the step is not in a checkpoint either
+        return rows
+
+    def truncate_metrics(self, step: int) -> None:
+        """Forget what was recorded after ``step``: a run that resumes from its checkpoint will record it again."""
+        write_text(self.metrics_file, "".join(_format_row(row) for row in self.read_metrics() if row["step"] <= step))
+        folders: tuple[RolloutFolder, ...] = ("rollouts", "eval")
+        for folder in folders:
+            for later in self.rollout_steps(folder):
+                if later > step:
+                    self.rollout_file(later, folder).unlink()
+
+    def rollout_file(self, step: int, folder: RolloutFolder = "rollouts") -> Path:
+        return self.path / folder / f"{_step_name(step)}.parquet"
+
+    def rollout_steps(self, folder: RolloutFolder = "rollouts") -> list[int]:
+        """The steps whose rollouts are on disk, ascending."""
+        names = (re.fullmatch(r"step_(\d+)\.parquet", file.name) for file in (self.path / folder).glob("step_*.parquet"))
+        return sorted(int(match[1]) for match in names if match)
+
+    def write_rollouts(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        advantages: Mapping[RolloutKey, float] | None = None,
+        extra: Mapping[str, Mapping[RolloutKey, Any]] | None = None,
+        folder: RolloutFolder = "rollouts",
+    ) -> Path:
+        """Write the rollouts of a step as parquet, one row a rollout.
+
+        Args:
+            step: the training step that sampled them.
+            groups: the rollouts.
+            advantages: by rollout; a rollout it does not name gets null.
+            extra: further columns by name, each by rollout, e.g. ``{"proximal_logprobs": {("train/17", 0): [-0.1, -0.3]}}``.
+            folder: ``rollouts`` for training, ``eval`` for held-out problems.
+        """
+        import pyarrow.parquet as pq
+
+        table = rollout_table(step, groups, advantages or {}, extra or {})
+        file = self.rollout_file(step, folder)
+        _make_folder(file.parent, exist_ok=True)
+        write_atomically(file, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+        return file
+
+    def read_rollouts(self, step: int, folder: RolloutFolder = "rollouts") -> pa.Table:
+        """The rollouts of a step, as ``write_rollouts`` wrote them.
+
+        Raises:
+            FileNotFoundError: there are none; the message names the steps there are.
+        """
+        import pyarrow.parquet as pq
+
+        file = self.rollout_file(step, folder)
+        if not file.is_file():
+            steps = self.rollout_steps(folder)
+            there = f"there are {len(steps)}, from step {steps[0]} to {steps[-1]}" if steps else "there are none"
+            raise FileNotFoundError(f"no {folder} of step {step} in {str(self.path)!r}: {there}")
+        return pq.read_table(file, partitioning=None)  # the path is ours: nothing in it is a partition key
+
+
+def rollout_table(
+    step: int,
+    groups: Sequence[Group],
+    advantages: Mapping[RolloutKey, float],
+    extra: Mapping[str, Mapping[RolloutKey, Any]],
+) -> pa.Table:
+    """Rollouts → a table: fixed columns, then three a reward part (``score/…``, ``outcome/…``, ``detail/…``), then ``extra``.
+
+    The types are written out, not inferred: an empty list or a step without one truncated rollout must not change the schema.
+    """
+    import pyarrow as pa
+
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    parts = list(dict.fromkeys(part for rollout in rollouts for part in rollout.scores))
+    columns: dict[str, pa.Array] = {
+        "step": pa.array([step] * len(rollouts), pa.int64()),
+        "problem_id": pa.array([r.problem.id for r in rollouts], pa.string()),
+        "group": pa.array([r.problem.id for r in rollouts], pa.string()),
+        "index": pa.array([r.completion.index for r in rollouts], pa.int32()),
+        "prompt": pa.array([_utf8(r.problem.prompt) for r in rollouts], pa.string()),
+        "answer": pa.array([_utf8(r.problem.answer) for r in rollouts], pa.string()),
+        "completion": pa.array([_utf8(r.completion.text) for r in rollouts], pa.string()),
+        "prompt_ids": pa.array([r.completion.prompt_ids for r in rollouts], pa.list_(pa.int32())),
+        "token_ids": pa.array([r.completion.token_ids for r in rollouts], pa.list_(pa.int32())),
+        "behavior_logprobs": pa.array([r.completion.logprobs for r in rollouts], pa.list_(pa.float32())),
+        "policy_versions": pa.array([r.completion.policy_versions for r in rollouts], pa.list_(pa.int32())),
+        "finish_reason": pa.array([str(r.completion.finish_reason) for r in rollouts], pa.string()),
+        "reward": pa.array([r.reward for r in rollouts], pa.float64()),
+        "advantage": pa.array([advantages.get(rollout_key(r)) for r in rollouts], pa.float64()),
+        "columns": pa.array([_utf8(json.dumps(dict(r.problem.columns), default=str, ensure_ascii=False)) for r in rollouts], pa.string()),
+    }
+    for part in parts:
+        scores = [r.scores.get(part) for r in rollouts]
+        columns[f"score/{part}"] = pa.array([s.value if s else None for s in scores], pa.float64())
+        columns[f"outcome/{part}"] = pa.array([str(s.outcome) if s else None for s in scores], pa.string())
+        columns[f"detail/{part}"] = pa.array([_utf8(s.detail) if s else None for s in scores], pa.string())
+    for column, values in extra.items():
+        if column in columns:
+            raise ValueError(f"extra column {column!r} is a column already: give it another name")
+        columns[column] = pa.array([values.get(rollout_key(r)) for r in rollouts])
+    return pa.table(columns)
+
+
+def rollout_key(rollout: Rollout) -> RolloutKey:
+    return rollout.problem.id, rollout.completion.index
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file whole."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a temporary file beside ``path``, sync it to disk, and rename it: readers see the old or the new file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)  # the rename itself
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the versions, the command: what a reader needs to judge the numbers. Imports none of the packages."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": list(_gpu_models()),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "git_commit": _git_commit(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def _gpu_models() -> Iterator[str]:
+    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        match = re.search(r"^Model:\s*(.+)$", file.read_text(), re.MULTILINE)
+        if match:
+            yield match[1].strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit checked out where the command was run, with ``+changes`` if the working tree differs from it."""
+    try:
+        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def _format_row(row: Mapping[str, float]) -> str:
+    clean = {key: value if math.isfinite(value) else None for key, value in row.items()}
+    return json.dumps(clean, allow_nan=False) + "\n"
+
+
+def _parse_row(line: str, number: int, file: Path) -> dict[str, float]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise ValueError(f"{file}, line {number} is not JSON: the file was edited or damaged; remove the line") from None
+    return {key: math.nan if value is None else value for key, value in row.items()}
+
+
+def _step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def _check_component(key: str, value: str) -> None:
+    if not value or value in (".", "..") or "/" in value or os.sep in value:
+        raise ConfigError(key, f"{value!r} cannot name a folder", "use a plain name, without slashes")
+
+
+def _make_folder(path: Path, exist_ok: bool) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
+    except FileExistsError:
+        if not exist_ok:
+            raise
+        raise ConfigError("run.dir", f"{str(path)!r} is a file, not a folder", "choose another name or folder") from None
+    except OSError as error:
+        problem = f"cannot make {str(path)!r}: {error.strerror}"
+        raise ConfigError("run.dir", problem, "choose a folder you can write to: run.dir=…") from error
+
+
+def _make_unique(parent: Path, name: str) -> Path:
+    """Make ``parent/name``, or ``name-2``, ``name-3``…: two runs started in the same second must not share a folder."""
+    number = 1
+    while True:
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            _make_folder(path, exist_ok=False)
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _utf8(text: str) -> str:
+    """Lone surrogates, which a tokenizer may emit, have no UTF-8 form and parquet refuses them: show them as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,306 @@
+"""Run reward functions where they can do no harm: in worker processes that the parent kills when a task overstays.
+
+A reward may loop forever, eat the memory, crash the interpreter or print to stdout; that costs its own completion its score,
+and no other. Workers are fresh interpreters (never forked from a trainer that holds threads or a GPU, and never importing
+the user's ``__main__``), started once and kept. The parent never blocks on a worker, uses no signals and no threads, and so
+works from any thread and under asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import pickle
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from grpo.rewards.base import RewardPart
+from grpo.rewards.wire import Job, Ready, Result, Start, decode, encode
+from grpo.types import Completion, Outcome, Problem, Score
+
+Progress = Callable[[int, int], None]  # (completions scored, completions in all)
+
+_TICK_S = 0.05  # how often running tasks are compared with their deadlines
+_START_S = 60.0  # wall time for a worker to import the reward functions
+_START_ATTEMPTS = 3
+_JOBS_PER_MESSAGE = 16  # hides the way there and back; what hangs behind an overstaying task is handed to another worker
+
+
+class RewardRuntime:
+    """Scores completions by all parts of a reward, in worker processes with deadlines.
+
+    ``score`` may be called from any thread; calls at the same time take turns. Use it as a context manager, or ``close`` it.
+
+    Args:
+        parts: the reward, from ``parse_reward_config``.
+        num_workers: tasks that run at the same time. One more worker is kept warm, so that a kill costs no start.
+        cpu_s: CPU time of one part on one completion. Beyond it, the score is the function's ``timeout_value`` (default NaN)
+            with ``Outcome.timeout``.
+        wall_s: wall-clock time of the same, for functions that wait; default 3 · cpu_s + 1, so that a loaded machine does not
+            turn right answers into timeouts. Beyond it, the completion is unscored.
+        memory_mb: memory a worker may allocate beyond its imports.
+    """
+
+    def __init__(
+        self, parts: Sequence[RewardPart], num_workers: int = 2, cpu_s: float = 5.0, wall_s: float | None = None, memory_mb: int = 2048
+    ) -> None:
+        if not parts:
+            raise ValueError("a reward runtime takes at least one part")
+        if num_workers < 1 or memory_mb < 1:
+            raise ValueError(f"num_workers is {num_workers} and memory_mb {memory_mb}; both must be at least 1")
+        if not (math.isfinite(cpu_s) and cpu_s > 0) or (wall_s is not None and not wall_s > 0):
+            raise ValueError(f"cpu_s is {cpu_s} and wall_s {wall_s}; both must be positive")
+        self._names = tuple(part.name for part in parts)
+        self._num_workers = num_workers
+        self._cpu_s = cpu_s
+        self._wall_s = 3 * cpu_s + 1 if wall_s is None else wall_s
+        self._start = encode(Start(refs=tuple(part.ref for part in parts), cpu_s=cpu_s, memory_mb=memory_mb))
+        self._lock = threading.Lock()
+        self._failed_starts = 0
+        self._closed = False
+        self._workers = [_Worker(self._start) for _ in range(num_workers + 1)]
+
+    def score(
+        self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
+    ) -> list[dict[str, Score]]:
+        """One ``{part's name: score}`` for each completion, in their order. ``problems[i]`` is the problem of ``completions[i]``."""
+        jobs = deque(self._jobs(completions, problems))
+        scores: list[dict[str, Score]] = [{} for _ in completions]
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this reward runtime is closed")
+            try:
+                num_done = 0
+                while num_done < len(scores):
+                    self._dispatch(jobs)
+                    for result in self._collect(jobs):
+                        scores[result.index][self._names[result.part]] = result.score
+                        if len(scores[result.index]) == len(self._names):
+                            num_done += 1
+                            if progress is not None:
+                                progress(num_done, len(scores))
+            finally:  # only after an exception is anyone still busy, with tasks that nobody waits for
+                for worker in [worker for worker in self._workers if worker.jobs]:
+                    self._replace(worker)
+        return [{name: by_name[name] for name in self._names} for by_name in scores]
+
+    async def score_async(
+        self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
+    ) -> list[dict[str, Score]]:
+        """``score`` in a thread, so that the event loop goes on."""
+        return await asyncio.to_thread(self.score, completions, problems, progress)
+
+    def close(self) -> None:
+        """End all workers, and whatever they started. Waits for a ``score`` that is under way."""
+        with self._lock:
+            self._closed = True
+            while self._workers:
+                self._workers.pop().end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _jobs(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[Job]:
+        if len(completions) != len(problems):
+            raise ValueError(f"{len(completions)} completions but {len(problems)} problems; give one problem for each completion")
+        parts = tuple(range(len(self._names)))
+        return [
+            Job(index=index, parts=parts, payload=_payload(completion, problem))
+            for index, (completion, problem) in enumerate(zip(completions, problems, strict=True))
+        ]
+
+    def _dispatch(self, jobs: deque[Job]) -> None:
+        num_free = self._num_workers - sum(bool(worker.jobs) for worker in self._workers)
+        for worker in [worker for worker in self._workers if worker.idle][:num_free]:
+            size = min(max(len(jobs) // (4 * self._num_workers), 1), _JOBS_PER_MESSAGE, len(jobs))  # small at the end: all finish together
+            if size:
+                worker.assign([jobs.popleft() for _ in range(size)])
+
+    def _collect(self, jobs: deque[Job]) -> list[Result]:
+        """Wait up to a tick; return what came in, and a verdict for each task whose worker had to be replaced.
+
+        What else a replaced worker held goes back to the head of ``jobs``.
+        """
+        _exchange(self._workers, timeout=_TICK_S)
+        results = [result for worker in self._workers for result in worker.take_results()]
+        for worker in list(self._workers):
+            if verdict := worker.verdict(self._cpu_s, self._wall_s):
+                results += self._replace_and_requeue(worker, verdict, jobs)
+        return results
+
+    def _replace_and_requeue(self, worker: _Worker, verdict: Score, jobs: deque[Job]) -> list[Result]:
+        self._failed_starts = 0 if any(other.ready for other in self._workers) else self._failed_starts + 1
+        if self._failed_starts >= _START_ATTEMPTS:
+            raise RuntimeError(f"reward workers do not start: {verdict.detail}; what they say is on standard error")
+        self._replace(worker)
+        results = list(worker.take_results())  # what it could still send
+        in_time = bool(results) and verdict.outcome is Outcome.timeout  # the task did end: nobody is to blame
+        if worker.jobs and not in_time:
+            current = worker.jobs.popleft()
+            results.append(Result(index=current.index, part=current.parts[0], score=verdict, cpu_clock=math.nan))
+            if len(current.parts) > 1:
+                worker.jobs.appendleft(replace(current, parts=current.parts[1:]))
+        jobs.extendleft(reversed(worker.jobs))
+        worker.jobs.clear()
+        return results
+
+    def _replace(self, worker: _Worker) -> None:
+        worker.end()
+        self._workers[self._workers.index(worker)] = _Worker(self._start)
+
+
+class _Worker:
+    """The parent's end of one worker process. Neither reading nor writing ever blocks."""
+
+    def __init__(self, start: bytes) -> None:
+        self.jobs: deque[Job] = deque()  # assigned and not done; the first part of the first one is running
+        self.ready: Ready | None = None
+        self.eof = False
+        self.channel, theirs = socket.socketpair()
+        self.channel.setblocking(False)
+        self._incoming = bytearray()
+        self.outgoing = bytearray(start)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "grpo.rewards.worker", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what a reward prints goes to standard error
+                env=_environment(),
+                start_new_session=True,  # its own process group: killed with all that it started, and deaf to Ctrl-C
+            )
+        self._task_started = time.monotonic()
+        self._task_cpu_clock = 0.0
+        self.exchange()
+
+    @property
+    def idle(self) -> bool:
+        """Ready, without a task, and alive: a worker that died while idle must not be given a task to be blamed for."""
+        return self.ready is not None and not self.jobs and not self.eof and self._process.poll() is None
+
+    def assign(self, jobs: Iterable[Job]) -> None:
+        self.jobs.extend(jobs)
+        self.outgoing += encode(tuple(self.jobs))
+        self._task_started = time.monotonic()
+        self.exchange()
+
+    def exchange(self) -> None:
+        """Send and receive what is possible at once."""
+        try:
+            while self.outgoing:
+                del self.outgoing[: self.channel.send(self.outgoing)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.outgoing.clear()  # it is gone; reading will tell
+        try:
+            while chunk := self.channel.recv(1 << 20):
+                self._incoming += chunk
+            self.eof = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.eof = True
+
+    def take_results(self) -> Iterable[Result]:
+        for message in decode(self._incoming):
+            self._task_started = time.monotonic()
+            self._task_cpu_clock = message.cpu_clock
+            if isinstance(message, Ready):
+                self.ready = message
+                continue
+            current = self.jobs.popleft()
+            if len(current.parts) > 1:
+                self.jobs.appendleft(replace(current, parts=current.parts[1:]))
+            yield message
+
+    def verdict(self, cpu_s: float, wall_s: float) -> Score | None:
+        """Why this worker must go – as the score of the task it is at – or None while all is well."""
+        if self.eof or self._process.poll() is not None:
+            return self._obituary(cpu_s)
+        elapsed = time.monotonic() - self._task_started
+        if self.ready is None and elapsed > _START_S:
+            return Score(value=math.nan, outcome=Outcome.timeout, detail=f"a worker was not ready after {_START_S:g} s")
+        if self.ready is None or not self.jobs:
+            return None
+        if elapsed > _TICK_S and _cpu_seconds(self._process.pid) - self._task_cpu_clock > cpu_s:
+            return self._out_of_cpu(self.ready, cpu_s)
+        if elapsed > wall_s:
+            return Score(value=math.nan, outcome=Outcome.timeout, detail=f"took more than {wall_s:g} s")
+        return None
+
+    def _obituary(self, cpu_s: float) -> Score:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=1)  # it closed the connection, so it is about to end
+        code = self._process.returncode
+        if self.ready and code == -signal.SIGXCPU:
+            return self._out_of_cpu(self.ready, cpu_s)
+        return Score(value=math.nan, outcome=Outcome.crash, detail=f"the worker {_ending(code)}")
+
+    def _out_of_cpu(self, ready: Ready, cpu_s: float) -> Score:
+        value = ready.timeout_values[self.jobs[0].parts[0]] if self.jobs else math.nan
+        return Score(value=value, outcome=Outcome.timeout, detail=f"took more than {cpu_s:g} s of CPU time")
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # also when it has ended: what it started may live on
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)  # longer only in the kernel's hands, where nobody can do more
+        self.exchange()
+        self.channel.close()
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "closed its connection"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+
+def _exchange(workers: Iterable[_Worker], timeout: float) -> None:
+    """Wait until a worker has something to say, or can hear more, or the time is over."""
+    with selectors.DefaultSelector() as selector:
+        for worker in workers:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.outgoing else 0)
+            selector.register(worker.channel, events, worker)
+        for key, _ in selector.select(timeout):
+            key.data.exchange()
+
+
+def _payload(completion: Completion, problem: Problem) -> bytes:
+    if completion.problem_id != problem.id:
+        raise ValueError(f"completion {completion.index} of problem {completion.problem_id!r} was given problem {problem.id!r}")
+    try:
+        return pickle.dumps((completion, problem), protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        raise ValueError(f"problem {problem.id!r} cannot be sent to a reward worker: {error}; its columns must be picklable") from error
+
+
+def _cpu_seconds(pid: int) -> float:
+    """User and system time of a process; 0 where there is no /proc (the wall limit and the worker's own RLIMIT_CPU still hold)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with our import path; and one thread for each numeric library, since the workers are the parallelism."""
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return {**threads, **os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(folder) for folder in sys.path)}

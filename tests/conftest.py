@@ -1,0 +1,51 @@
+"""What every test file shares: no network, the order (quick tests first), the skip of GPU tests, the tiny model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports these libraries: they read the environment once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "grpo",
+    deadline=None,  # the machine may be busy: a slow example is not a failure
+    derandomize="CI" in os.environ,  # CI must not fail on the luck of the draw; at home, keep searching
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("grpo")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: (item.get_closest_marker("full") is not None) * 2 + (item.get_closest_marker("slow") is not None))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not _has_gpu():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch.cuda.is_available() is False here"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout these tests stand in."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the million-parameter model with the character tokenizer; do not write into it."""
+    from grpo.models import resolve_model
+
+    return resolve_model("make:grpo.tiny.digits_model", cache_dir=str(tmp_path_factory.mktemp("cache")))
