@@ -33,6 +33,7 @@ from grpo.types import Completion, Outcome, Problem, Score
 Progress = Callable[[int, int], None]  # (completions scored, completions in all)
 
 _TICK_S = 0.05  # how often running tasks are compared with their deadlines
+_LONGEST_TICK_S = 0.2  # what one tick counts at most: while the machine sleeps or this process gets no time, no worker overstays
 _START_S = 60.0  # wall time for a worker to import the reward functions
 _START_ATTEMPTS = 3
 _JOBS_PER_MESSAGE = 16  # hides the way there and back; what hangs behind an overstaying task is handed to another worker
@@ -136,7 +137,11 @@ class RewardRuntime:
 
         What else a replaced worker held goes back to the head of ``jobs``.
         """
+        started = time.monotonic()
         _exchange(self._workers, timeout=_TICK_S)
+        passed = min(time.monotonic() - started, _LONGEST_TICK_S)
+        for worker in self._workers:
+            worker.waited += passed
         results = [result for worker in self._workers for result in worker.take_results()]
         for worker in list(self._workers):
             if verdict := worker.verdict(self._cpu_s, self._wall_s):
@@ -184,7 +189,7 @@ class _Worker:
                 env=_environment(),
                 start_new_session=True,  # its own process group: killed with all that it started, and deaf to Ctrl-C
             )
-        self._task_started = time.monotonic()
+        self.waited = 0.0  # wall time since the running task began, as the parent has seen it pass
         self._task_cpu_clock = 0.0
         self.exchange()
 
@@ -196,7 +201,7 @@ class _Worker:
     def assign(self, jobs: Iterable[Job]) -> None:
         self.jobs.extend(jobs)
         self.outgoing += encode(tuple(self.jobs))
-        self._task_started = time.monotonic()
+        self.waited = 0.0
         self.exchange()
 
     def exchange(self) -> None:
@@ -219,7 +224,7 @@ class _Worker:
 
     def take_results(self) -> Iterable[Result]:
         for message in decode(self._incoming):
-            self._task_started = time.monotonic()
+            self.waited = 0.0
             self._task_cpu_clock = message.cpu_clock
             if isinstance(message, Ready):
                 self.ready = message
@@ -233,14 +238,13 @@ class _Worker:
         """Why this worker must go – as the score of the task it is at – or None while all is well."""
         if self.eof or self._process.poll() is not None:
             return self._obituary(cpu_s)
-        elapsed = time.monotonic() - self._task_started
-        if self.ready is None and elapsed > _START_S:
+        if self.ready is None and self.waited > _START_S:
             return Score(value=math.nan, outcome=Outcome.timeout, detail=f"a worker was not ready after {_START_S:g} s")
         if self.ready is None or not self.jobs:
             return None
-        if elapsed > _TICK_S and _cpu_seconds(self._process.pid) - self._task_cpu_clock > cpu_s:
+        if self.waited > _TICK_S and _cpu_seconds(self._process.pid) - self._task_cpu_clock > cpu_s:
             return self._out_of_cpu(self.ready, cpu_s)
-        if elapsed > wall_s:
+        if self.waited > wall_s:
             return Score(value=math.nan, outcome=Outcome.timeout, detail=f"took more than {wall_s:g} s")
         return None
 

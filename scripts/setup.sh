@@ -25,7 +25,8 @@ die() {
     exit 1
 }
 
-trap 'printf "\nset-up: interrupted; run it again to go on\n" >&2; exit 130' INT TERM
+exec 8>&2  # the trap may run inside a step, whose output goes to the log
+trap 'printf "\nset-up: interrupted; run it again to go on\n" >&8; exit 130' INT TERM
 
 # ---- what to install ----------------------------------------------------------------------------------------------------------
 

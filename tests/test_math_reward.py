@@ -16,8 +16,9 @@ from grpo.types import Completion, FinishReason, Outcome, Problem, Score
 
 def score(text: str, gold: str) -> Score:
     completion = Completion(
-        problem_id="p", index=0, prompt_ids=(1,), token_ids=(2,), text=text, logprobs=(0.0,), policy_versions=(0,), finish_reason=FinishReason.stop
-    )
+        problem_id="p", index=0, prompt_ids=(1,), token_ids=(2,), text=text, logprobs=(0.0,), policy_versions=(0,),
+        finish_reason=FinishReason.stop,
+    )  # fmt: skip
     return accuracy(completion, Problem(id="p", prompt="", answer=gold))
 
 
@@ -172,7 +173,8 @@ def spellings(value: Fraction) -> list[str]:
     a, b = value.numerator, value.denominator
     sign = "-" if a < 0 else ""
     decimal = [] if b not in (1, 2, 4, 5, 8, 10) else [f"{float(value):.4f}", f"{value.numerator * 10**4 // b}e-4"]
-    return [f"{a}/{b}", f"\\frac{{{a}}}{{{b}}}", f"{sign}\\frac{{{abs(a)}}}{{{b}}}", f"{sign}{abs(a) // b} {abs(a) % b}/{b}", f"({a})/({b})", *decimal]
+    mixed = f"{sign}{abs(a) // b} {abs(a) % b}/{b}"
+    return [f"{a}/{b}", f"\\frac{{{a}}}{{{b}}}", f"{sign}\\frac{{{abs(a)}}}{{{b}}}", mixed, f"({a})/({b})", *decimal]
 
 
 @given(rationals, rationals)
@@ -291,7 +293,7 @@ def test_outcomes_of_accuracy() -> None:
 
 
 # the golds of GSM8K: integers, thousands, a few decimals and negatives
-GOLDS = ["18", "3", "70000", "540", "20", "64", "260", "160", "45", "460", "366", "694", "13", "5.00", "1,080", "-3", "2,125", "0.75", "36,000", "7.5"]
+GOLDS = ["18", "3", "70000", "540", "20", "64", "260", "160", "45", "460", "366", "694", "5.00", "1,080", "-3", "2,125", "0.75", "36,000"]
 
 
 @pytest.mark.parametrize("gold", GOLDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +37,8 @@ def behave(completion, problem, bonus=0.0):
             sum(itertools.repeat(0))
         case "sleep":
             time.sleep(1000)
+        case "nap":
+            time.sleep(0.3)
         case "exit":
             os._exit(3)
         case "sys.exit":
@@ -141,7 +145,10 @@ def make(user_file: Path) -> Iterator[Callable[..., RewardRuntime]]:
 
 def test_every_outcome_and_the_neighbours_unchanged(make: Callable[..., RewardRuntime]) -> None:
     runtime = make({"first": "level", "behave": "behave", "last": "level"})
-    texts = ["fine", "loop", "fine", "loop in C", "exit", "fine", "crash", "memory", "raise", "sys.exit", "none", "string", "print", "mutate", "fine"]
+    texts = [
+        "fine", "loop", "fine", "loop in C", "exit", "fine", "crash", "memory",
+        "raise", "sys.exit", "none", "string", "print", "mutate", "fine",
+    ]  # fmt: skip
     scores = dict(zip(enumerate(texts), score(runtime, *texts), strict=True))
     expected = {
         "loop": Outcome.timeout,
@@ -177,6 +184,12 @@ def test_waiting_is_limited_by_the_wall_clock_and_never_judged(make: Callable[..
     assert fine["behave"] == Score(value=0.5)
 
 
+def test_time_in_which_the_parent_did_not_run_does_not_count(make: Callable[..., RewardRuntime], monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("grpo.rewards.runtime.time", SimpleNamespace(monotonic=lambda: 1e4 * next(ticks)))  # the machine slept for hours
+    assert score(make({"behave": "behave"}), "nap", "fine") == [{"behave": Score(value=0.5)}] * 2
+
+
 def test_a_function_can_say_what_its_timeout_is_worth(make: Callable[..., RewardRuntime]) -> None:
     runtime = make({"behave": "wrong_when_slow"})
     looped, fine = score(runtime, "loop", "fine")
@@ -198,7 +211,8 @@ def check_batch(runtime: RewardRuntime) -> None:
     for _ in range(2):  # the second batch meets workers that were replaced
         for index, parts in enumerate(score(runtime, *texts)):
             right = Score(value=1.0, detail="12") if index % 2 else Score(value=0.0, detail="13")
-            assert parts["accuracy"] == {10: Score(value=0.0, detail="9^{9^{9^{9}}}"), 20: Score(value=0.0, outcome=Outcome.wrong_format)}.get(index, right)
+            special = {10: Score(value=0.0, detail="9^{9^{9^{9}}}"), 20: Score(value=0.0, outcome=Outcome.wrong_format)}
+            assert parts["accuracy"] == special.get(index, right)
             assert parts["behave"].outcome is (Outcome.timeout if index == 20 else Outcome.ok)
     assert len(workers(os.getpid())) == 3  # two, and the spare one
 
@@ -265,12 +279,13 @@ def test_the_source_travels(make: Callable[..., RewardRuntime], user_file: Path,
 
 def test_a_function_that_does_not_load_in_the_worker_says_so(tmp_path: Path) -> None:
     path = tmp_path / "moody.py"
-    path.write_text("import sys\nif 'pytest' not in sys.modules:\n    raise OSError('no licence here')\ndef f(completion, problem):\n    return 1.0\n")
-    with RewardRuntime(parse_reward_config({"f": {"fn": f"{path}:f"}, "ok": {"fn": "grpo.rewards.math.accuracy"}})) as runtime:
-        (parts,) = score(runtime, "\\boxed{12}")
-    assert parts["f"].outcome is Outcome.error
-    assert "OSError: no licence here" in parts["f"].detail
-    assert parts["ok"].value == 1.0
+    path.write_text("import sys\nif 'pytest' not in sys.modules:\n    raise OSError('no licence here')\ndef f(completion, problem): ...\n")
+    parts = parse_reward_config({"f": {"fn": f"{path}:f"}, "ok": {"fn": "grpo.rewards.math.accuracy"}})
+    with RewardRuntime(parts) as runtime:
+        (scores,) = score(runtime, "\\boxed{12}")
+    assert scores["f"].outcome is Outcome.error
+    assert "OSError: no licence here" in scores["f"].detail
+    assert scores["ok"].value == 1.0
 
 
 def test_what_a_reward_prints_does_not_disturb(make: Callable[..., RewardRuntime], capfd: pytest.CaptureFixture[str]) -> None:
@@ -365,7 +380,8 @@ def test_workers_end_when_the_trainer_is_killed(text: str, user_file: Path) -> N
         from grpo.rewards.runtime import RewardRuntime
         from grpo.types import Completion, FinishReason, Problem
 
-        runtime = RewardRuntime(parse_reward_config({{"behave": {{"fn": {f"{user_file}:behave"!r}}}}}), num_workers=1, cpu_s=0.2, wall_s=60.0)
+        parts = parse_reward_config({{"behave": {{"fn": {f"{user_file}:behave"!r}}}}})
+        runtime = RewardRuntime(parts, num_workers=1, cpu_s=0.2, wall_s=60.0)
         one = lambda text: [Completion(problem_id="p", index=0, prompt_ids=(1,), token_ids=(), text=text, logprobs=(), policy_versions=(),
                                        finish_reason=FinishReason.stop)]
         problem = [Problem(id="p", prompt="", answer="")]

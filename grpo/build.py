@@ -1,0 +1,428 @@
+"""The composition root: configuration → objects. The only room that knows all others.
+
+Everything that can be wrong is found before anything heavy starts, in this order: numbers, functions, data, model files; then
+the run folder, the engine and the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo import checkpoint
+from grpo.config import Config, ConfigError, EngineName, Layout, Precision, WandbMode, validate
+from grpo.console import ConsoleLogger
+from grpo.data import PromptFormat, ProblemSource, check_disjoint, load_problems
+from grpo.imports import FunctionRef, resolve
+from grpo.interrupt import StopSignal
+from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
+from grpo.losses import Loss
+from grpo.metrics import eval_metrics, headline
+from grpo.models import check_model, resolve_model
+from grpo.policy import HFPolicy, OptimSettings
+from grpo.report import write_report
+from grpo.rewards.base import RewardPart, parse_reward_config
+from grpo.rewards.runtime import RewardRuntime
+from grpo.rollouts.collect import Collector
+from grpo.run import RunFolder
+from grpo.trainer import Settings, Trainer
+from grpo.types import Group, Problem, Sampling
+
+EVAL_SEED = 20_250_122  # evaluations draw the same randomness in every run, so that two runs differ by their models alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A configuration that was checked: every function found and bound, every problem loaded, no model touched yet."""
+
+    config: Config
+    advantage: FunctionRef
+    objective: FunctionRef
+    aggregation: FunctionRef
+    correction: FunctionRef | None
+    kl: FunctionRef | None
+    kl_coef: float
+    rewards: tuple[RewardPart, ...]
+    problems: FunctionRef
+
+    def loss(self) -> Loss:
+        return Loss(
+            objective=self.objective.load(),
+            aggregate=self.aggregation.load(),
+            correct=self.correction.load() if self.correction else None,
+            kl=self.kl.load() if self.kl else None,
+            kl_coef=self.kl_coef,
+            entropy_coef=self.config.algo.entropy_coef,
+        )
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        return {part.name: part.weight for part in self.rewards}
+
+
+def plan(config: Config) -> Plan:
+    """Check everything that needs no model.
+
+    Raises:
+        ConfigError: naming the key and the remedy.
+    """
+    validate(config)
+    algo = config.algo
+    kl = dict(algo.kl)
+    kl_coef = kl.pop("coef", 0.0)
+    if kl and not (isinstance(kl_coef, (int, float)) and kl_coef >= 0):
+        raise ConfigError("algo.kl.coef", f"is {kl_coef!r}", "give a number of 0 or more")
+    made = Plan(
+        config=config,
+        advantage=resolve(algo.advantage, "algo.advantage", positional=2),
+        objective=resolve(algo.objective, "algo.objective", positional=2),
+        aggregation=resolve(algo.aggregation, "algo.aggregation", positional=2),
+        correction=resolve(algo.correction, "algo.correction", positional=2) if algo.correction else None,
+        kl=resolve(kl, "algo.kl", positional=1) if kl else None,
+        kl_coef=float(kl_coef),
+        rewards=parse_reward_config(config.reward),
+        problems=resolve(config.data.problems, "data.problems", positional=1, provided=("seed",)),
+    )
+    check_model(config.model.path, revision=config.model.revision)
+    return made
+
+
+def problems(plan: Plan, split: str, chat: Callable[[str], str] | None = None) -> list[Problem]:
+    data = plan.config.data
+    rows = plan.problems.load()(split, seed=plan.config.run.seed)
+    prompt_format = PromptFormat(template=data.template, prompt_key=data.prompt_key, answer_key=data.answer_key, chat=chat)
+    found = load_problems(rows, split, prompt_format)
+    check_gold(found, plan.rewards)
+    return found
+
+
+def check_gold(found: list[Problem], rewards: tuple[RewardPart, ...]) -> None:
+    """A gold answer that the math grader cannot read is an error now, not a silent 0 at step 3,000."""
+    from grpo.rewards import math
+
+    if not any(part.ref.target == "grpo.rewards.math.accuracy" for part in rewards):
+        return
+    unreadable = [(p.id, message) for p in found if (message := math.check_gold(p.answer))]
+    if unreadable:
+        shown = "; ".join(f"{name}: {message}" for name, message in unreadable[:5])
+        raise ConfigError("data.answer_key", f"{len(unreadable)} of {len(found)} gold answers cannot be graded: {shown}", "correct these rows, or use another reward")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where things run. Resolved once from ``trainer.device``, ``model.precision`` and the hardware."""
+
+    device: str
+    dtype_name: str  # "bfloat16" or "float32"
+    cores: int
+
+
+def machine(config: Config) -> Machine:
+    import torch
+
+    device = config.trainer.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = config.model.precision
+    fast_bf16 = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bf16 = wanted is Precision.bf16 or (wanted is Precision.auto and fast_bf16)
+    return Machine(device=device, dtype_name="bfloat16" if bf16 else "float32", cores=len(os.sched_getaffinity(0)))
+
+
+def make_tokenizer(folder: str, config: Config) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+
+
+def chat_format(tokenizer: Any) -> Callable[[str], str]:
+    if not tokenizer.chat_template:
+        raise ConfigError("data.chat", "is true, but the model's tokenizer has no chat template", "set data.chat=false, or choose an instruct model")
+    return partial(_as_chat, tokenizer)
+
+
+def _as_chat(tokenizer: Any, prompt: str) -> str:
+    text: str = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def encoder(tokenizer: Any, chat: bool) -> Callable[[Problem], tuple[int, ...]]:
+    """A chat template writes its own special tokens; plain text gets those the tokenizer adds."""
+    return lambda problem: tuple(tokenizer(problem.prompt, add_special_tokens=not chat).input_ids)
+
+
+def make_engine(config: Config, folder: str, tokenizer: Any, where: Machine, stack: ExitStack, stop: StopSignal) -> Any:
+    """The engine that ``rollout.engine`` names; ``stack`` closes it."""
+    rollout, model = config.rollout, config.model
+    if rollout.engine is EngineName.scripted:
+        from grpo.rollouts.scripted import ScriptedEngine
+
+        return stack.enter_context(_closing(ScriptedEngine(tokenizer, **rollout.engine_args)))
+    if rollout.engine is EngineName.hf:
+        from grpo.rollouts.hf import HFEngine
+
+        hf_args = {"dtype": where.dtype_name, "device": where.device, "trust_remote_code": model.trust_remote_code, **rollout.engine_args}
+        return stack.enter_context(_closing(HFEngine(folder, tokenizer=tokenizer, revision=model.revision, **hf_args)))
+    from grpo.rollouts.pool import EnginePool, start_ray
+    from grpo.rollouts.vllm import VLLMEngine
+
+    stack.callback(start_ray(num_cpus=max(where.cores, rollout.num_engines)))
+    pool = EnginePool(
+        VLLMEngine,
+        {
+            "model_path": folder,
+            "dtype": where.dtype_name,
+            "seed": config.run.seed,
+            "revision": model.revision,
+            "trust_remote_code": model.trust_remote_code,
+            "engine_args": dict(rollout.engine_args),
+        },
+        num_engines=rollout.num_engines,
+        cpus_per_engine=rollout.cpus_per_engine or max(1, where.cores // rollout.num_engines),
+        gpus_per_engine=rollout.gpus_per_engine,
+    )
+    stop.take()
+    return stack.enter_context(_closing(pool))
+
+
+@contextmanager
+def _closing(thing: Any) -> Iterator[Any]:
+    try:
+        yield thing
+    finally:
+        thing.close()
+
+
+def make_policy(config: Config, folder: str, tokenizer: Any, where: Machine) -> HFPolicy:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code, **config.model.args
+    )
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    o = config.optim
+    optim = OptimSettings(
+        name=o.name,
+        lr=o.lr,
+        schedule=o.schedule,
+        warmup=o.warmup_steps,
+        num_updates=config.run.steps * o.updates_per_step,
+        min_lr_ratio=o.min_lr_ratio,
+        weight_decay=o.weight_decay,
+        betas=(o.betas[0], o.betas[1]),
+        eps=o.eps,
+        max_grad_norm=o.max_grad_norm,
+    )
+    return HFPolicy(
+        model,
+        optim,
+        dtype=getattr(torch, where.dtype_name),
+        device=where.device,
+        temperature=config.rollout.temperature,
+        shared_prompt=config.trainer.layout is Layout.shared_prompt,
+        tokens_per_microbatch=config.trainer.tokens_per_microbatch,
+        logprob_chunk=config.trainer.logprob_chunk,
+        tokenizer=tokenizer,
+    )
+
+
+def train_sampling(config: Config) -> Sampling:
+    r = config.rollout
+    return Sampling(temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, max_new_tokens=r.max_new_tokens, stop=tuple(r.stop))
+
+
+def eval_sampling(config: Config) -> Sampling:
+    r, e = config.rollout, config.eval
+    return Sampling(temperature=e.temperature, top_p=e.top_p, max_new_tokens=r.max_new_tokens, stop=tuple(r.stop))
+
+
+def make_logger(config: Config) -> Logger:
+    wanted = config.logger
+    loggers: list[Logger] = [JsonlLogger()]
+    if wanted.console:
+        loggers.append(ConsoleLogger(wanted.sample_every))
+    if wanted.tensorboard:
+        loggers.append(TensorBoardLogger())
+    if wanted.wandb.mode is not WandbMode.disabled:
+        loggers.append(WandbLogger(wanted.wandb))
+    return Loggers(loggers)
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as dicts, lists, strings and numbers."""
+    return _plain(asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, StrEnum) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run left: its folder and one line that says what happened."""
+
+    run: RunFolder
+    headline: str
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        return self.run.read_metrics()
+
+
+def train(config: Config) -> Result:
+    """Run an experiment from its configuration to its report.
+
+    Raises:
+        ConfigError: before anything is loaded, if a setting cannot work.
+        Interrupted: Ctrl-C or SIGTERM; what was done is saved.
+    """
+    checked = plan(config)
+    early = None if config.data.chat else _both_splits(checked)  # a chat template needs the tokenizer, hence the model
+    run = RunFolder.create(Path(config.run.dir), config.run.recipe or "run", config.run.name, resume=config.run.resume)
+    resumed = config.run.resume and bool(checkpoint.steps(run))
+    run.write_config(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    run.write_environment()
+    run.write_objective(objective_card(checked))
+    logger, failed = make_logger(config), True
+    with StopSignal() as stop, ExitStack() as stack:
+        logger.start(plain(config), run, checkpoint.steps(run)[-1] if resumed else None)
+        try:
+            with stop.anywhere():
+                trainer = assemble(checked, early, run, logger, stack, stop)
+                if resumed:
+                    trainer.restore()
+            trainer.train(stop)
+            failed = False
+        finally:
+            rows = run.read_metrics()
+            write_report(run)
+            logger.finish({"headline": headline(rows)}, failed=failed)
+    return Result(run=run, headline=headline(rows))
+
+
+def assemble(
+    checked: Plan, early: tuple[list[Problem], list[Problem]] | None, run: RunFolder, logger: Logger, stack: ExitStack, stop: StopSignal
+) -> Trainer:
+    """Everything heavy, in the order in which it fails soonest."""
+    config = checked.config
+    where = machine(config)
+    logger.phase("preparing the model")
+    folder = resolve_model(config.model.path, config.model.cache_dir, config.model.revision, notify=logger.phase)
+    tokenizer = make_tokenizer(folder, config)
+    chat = chat_format(tokenizer) if config.data.chat else None
+    train_problems, heldout = early or _both_splits(checked, chat)
+    logger.phase(f"starting {config.rollout.engine}")
+    engine = make_engine(config, folder, tokenizer, where, stack, stop)
+    runtime = stack.enter_context(RewardRuntime(checked.rewards))
+    logger.phase("loading the policy")
+    policy = make_policy(config, folder, tokenizer, where)
+    encode = encoder(tokenizer, config.data.chat)
+
+    def collector(sampling: Sampling, samples: int, seed: int, name: str) -> Collector:
+        return Collector(
+            engine=engine,
+            runtime=runtime,
+            encode=encode,
+            sampling=sampling,
+            completions_per_problem=samples,
+            weights=checked.reward_weights,
+            seed=seed,
+            progress=lambda done, total: logger.phase(name, done, total),
+        )
+
+    return Trainer(
+        settings=Settings(
+            steps=config.run.steps,
+            problems_per_step=config.rollout.problems_per_step,
+            updates_per_step=config.optim.updates_per_step,
+            checkpoint_every=config.run.checkpoint_every,
+            keep_checkpoints=config.run.keep_checkpoints,
+            eval_every=config.eval.every,
+            eval_metric=config.eval.metric,
+            reference_refresh=config.algo.reference_refresh,
+        ),
+        run=run,
+        policy=policy,
+        engine=engine,
+        collector=collector(train_sampling(config), config.rollout.completions_per_problem, config.run.seed, "generating"),
+        evaluator=collector(eval_sampling(config), config.eval.samples, EVAL_SEED, "evaluating"),
+        source=ProblemSource(train_problems, config.run.seed),
+        heldout=heldout[: config.eval.problems],
+        advantage=checked.advantage.load(),
+        loss=checked.loss(),
+        reward_weights=checked.reward_weights,
+        logger=logger,
+        make_reference=policy.snapshot,
+    )
+
+
+def _both_splits(checked: Plan, chat: Callable[[str], str] | None = None) -> tuple[list[Problem], list[Problem]]:
+    train_problems = problems(checked, "train", chat)
+    if checked.config.rollout.problems_per_step > len(train_problems):
+        ProblemSource(train_problems, 0).take(checked.config.rollout.problems_per_step)
+    heldout = problems(checked, "heldout", chat) if checked.config.eval.problems else []
+    check_disjoint(train_problems, heldout)
+    return train_problems, heldout
+
+
+def evaluate(config: Config, folder: str, samples: int | None = None) -> tuple[dict[str, float], tuple[Group, ...]]:
+    """Score a model folder on the recipe's held-out problems with the recipe's evaluation sampling."""
+    checked = plan(config)
+    with StopSignal() as stop, ExitStack() as stack, stop.anywhere():
+        where = machine(config)
+        tokenizer = make_tokenizer(folder, config)
+        heldout = problems(checked, "heldout", chat_format(tokenizer) if config.data.chat else None)[: config.eval.problems]
+        collector = Collector(
+            engine=make_engine(config, folder, tokenizer, where, stack, stop),
+            runtime=stack.enter_context(RewardRuntime(checked.rewards)),
+            encode=encoder(tokenizer, config.data.chat),
+            sampling=eval_sampling(config),
+            completions_per_problem=samples or config.eval.samples,
+            weights=checked.reward_weights,
+            seed=EVAL_SEED,
+        )
+        groups = collector.collect(heldout, 0)
+    return eval_metrics(groups, config.eval.metric), groups
+
+
+def objective_card(checked: Plan) -> str:
+    """What is trained, in the words of the functions themselves, and the arithmetic of a batch."""
+    config = checked.config
+    r, updates = config.rollout, config.optim.updates_per_step
+    parts = {
+        "Advantage": checked.advantage,
+        "Objective": checked.objective,
+        "Sampler correction": checked.correction,
+        "KL": checked.kl,
+        "Aggregation": checked.aggregation,
+    }
+    lines = ["# The objective of this run", "", "L = −Agg( w · J(ρ, A) )" + (f" + {checked.kl_coef:g} · Agg( KL )" if checked.kl else ""), ""]
+    if config.algo.entropy_coef:
+        lines[2] += f" − {config.algo.entropy_coef:g} · Agg( H )"
+    for name, ref in parts.items():
+        if ref is None:
+            lines.append(f"- **{name}**: none")
+            continue
+        settings = ", ".join(f"{key} = {value}" for key, value in ref.kwargs.items())
+        text = " ".join((ref._function().__doc__ or "(no docstring)").strip().split("\n\n")[0].split())
+        lines.append(f"- **{name}** `{ref.target}`" + (f" ({settings})" if settings else "") + f": {text}")
+    lines += ["- **Reward**: " + " + ".join(f"{p.weight:g} · {p.name}" for p in checked.rewards), ""]
+    total = r.problems_per_step * r.completions_per_problem
+    lines.append(f"{total} completions a step = {r.problems_per_step} problems × {r.completions_per_problem}; {updates} optimiser update(s) a step.")
+    if updates == 1:
+        lines.append("With one update a step policy / proximal is exactly 1: nothing is clipped, and a loss near 0 is normal.")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,211 @@
+"""The training loop. Everything it uses is a protocol or a pure function; ``grpo.build`` puts the real ones together.
+
+How it differs from the R1 paper: one optimiser update a step by default (the paper: 16 a rollout phase), rollouts are scored
+and collected by problem id, completions without signal cost no compute, and the sampler's own numerics are corrected for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from grpo import checkpoint
+from grpo.batch import Batch, collate
+from grpo.data import ProblemSource
+from grpo.interrupt import Interrupted, StopSignal
+from grpo.loggers import Logger
+from grpo.losses import Loss
+from grpo.metrics import eval_metrics, rollout_metrics
+from grpo.policy import Policy
+from grpo.run import RunFolder
+from grpo.types import Group, Problem
+
+Metrics = dict[str, float]
+
+
+class Collector(Protocol):
+    """Problems → scored groups, and the times it took."""
+
+    def collect(self, problems: Sequence[Problem], step: int) -> tuple[Group, ...]: ...
+
+    @property
+    def timings(self) -> Metrics: ...
+
+
+class TakesWeights(Protocol):
+    def load_weights(self, weights: Any, version: int) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """The numbers the loop itself needs."""
+
+    steps: int
+    problems_per_step: int
+    updates_per_step: int = 1
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 1
+    eval_every: int = 10
+    eval_metric: str = "accuracy"
+    reference_refresh: int = 0
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """One run: its parts and its progress. ``train()`` is the loop."""
+
+    settings: Settings
+    run: RunFolder
+    policy: Policy
+    engine: TakesWeights
+    collector: Collector
+    evaluator: Collector
+    source: ProblemSource
+    heldout: Sequence[Problem]
+    advantage: Callable[[Tensor, Tensor], Tensor]
+    loss: Loss
+    reward_weights: dict[str, float]
+    logger: Logger
+    make_reference: Callable[[], Policy]
+    step: int = 0
+    best: float = -1.0
+    elapsed: float = 0.0
+    synced_version: int = -1
+    reference: Policy | None = None
+    reference_age: int = 0
+    times: Metrics = field(default_factory=dict)
+
+    def train(self, stop: StopSignal) -> None:
+        """Go on until ``settings.steps``; on ``Interrupted`` what is done is saved before it travels on."""
+        s, started, before = self.settings, time.monotonic(), self.elapsed
+        try:
+            if self.loss.needs_reference and self.reference is None:
+                self.reference = self.make_reference()
+            if self.step == 0 and self.heldout:
+                with stop.anywhere():
+                    self.logger.log(0, self.evaluate(0))
+            for step in range(self.step + 1, s.steps + 1):
+                self.times, begin = {}, time.monotonic()
+                position = self.source.position
+                try:
+                    with stop.anywhere():
+                        self.sync()
+                        groups = self.collector.collect(self.source.take(s.problems_per_step), step)
+                except BaseException:
+                    self.source.position = position  # these problems were not trained on: resume draws them again
+                    raise
+                self.times |= self.collector.timings
+                with self.timed("update"):
+                    batch = self.prepare(collate(groups))
+                    updates = [self.update(minibatch) for minibatch in batch.minibatches(s.updates_per_step)]
+                self.step, self.elapsed = step, before + time.monotonic() - started
+                metrics = rollout_metrics(groups, s.eval_metric, self.reward_weights) | mean_metrics(updates)
+                self.record(groups, batch)
+                if self.heldout and (step == s.steps or (s.eval_every and step % s.eval_every == 0)):
+                    with stop.anywhere():
+                        metrics |= self.evaluate(step)
+                if step == s.steps or (s.checkpoint_every and step % s.checkpoint_every == 0):
+                    self.save()
+                self.elapsed = before + time.monotonic() - started
+                self.logger.log(step, metrics | self.progress(groups, time.monotonic() - begin))
+                stop.check()
+        except (Interrupted, KeyboardInterrupt):
+            if self.step and self.step not in checkpoint.steps(self.run):
+                self.save()
+            raise
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Add what the objective asks for: advantages, and the log-probs of the policies it compares with."""
+        batch = batch.with_advantages(self.advantage)
+        if self.reference is not None:
+            batch = replace(batch, reference_logprobs=self.reference.score(batch).logprobs)
+        if self.settings.updates_per_step > 1:  # with one update the proximal policy is the policy: no pass is needed
+            batch = replace(batch, proximal_logprobs=self.policy.score(batch).logprobs)
+        return batch
+
+    def update(self, minibatch: Batch) -> Metrics:
+        self.logger.phase("updating")
+        metrics = self.policy.update(minibatch, self.loss)
+        self.reference_age += 1
+        if self.reference is not None and self.settings.reference_refresh and self.reference_age >= self.settings.reference_refresh:
+            self.reference, self.reference_age = self.make_reference(), 0
+        return metrics
+
+    def sync(self) -> None:
+        """Give the engine the policy's weights unless it has them. The version is the number of steps behind them."""
+        if self.synced_version != self.step:
+            with self.timed("sync"):
+                self.logger.phase("loading weights")
+                self.engine.load_weights(self.policy.weights(), version=self.step)
+                self.synced_version = self.step
+
+    def evaluate(self, step: int) -> Metrics:
+        self.sync()
+        with self.timed("eval"):
+            groups = self.evaluator.collect(self.heldout, step)
+        metrics = eval_metrics(groups, self.settings.eval_metric)
+        self.run.write_rollouts(step, groups, folder="eval")
+        if metrics["eval/pass@1"] > self.best:
+            self.best = metrics["eval/pass@1"]
+            checkpoint.save_model(self.policy, self.run.best_checkpoint)
+        return metrics
+
+    def record(self, groups: Sequence[Group], batch: Batch) -> None:
+        assert batch.advantages is not None
+        first_token = [int((batch.rollout_index == i).nonzero()[0]) for i in range(len(batch.rollouts))]
+        advantages = {
+            (r.problem.id, r.completion.index): float(batch.advantages[t]) for r, t in zip(batch.rollouts, first_token, strict=True)
+        }
+        self.run.write_rollouts(self.step, groups, advantages)
+        self.logger.log_rollouts(self.step, groups, advantages)
+
+    def save(self) -> None:
+        with self.timed("checkpoint"):
+            self.logger.phase("saving")
+            state = {
+                "position": self.source.position,
+                "best": self.best,
+                "elapsed": self.elapsed,
+                "reference_age": self.reference_age,
+                "reference": self.reference.state() if self.reference is not None else None,
+            }
+            checkpoint.save(self.run, self.step, self.policy, state, self.settings.keep_checkpoints)
+
+    def restore(self) -> None:
+        """Go on from the run's last checkpoint."""
+        state = checkpoint.load_last(self.run)
+        self.policy.load_state(state["policy"])
+        self.step, self.source.position = state["step"], state["position"]
+        self.best, self.elapsed, self.reference_age = state["best"], state["elapsed"], state["reference_age"]
+        if state["reference"] is not None:
+            self.reference = self.make_reference()
+            self.reference.load_state(state["reference"])
+
+    def progress(self, groups: Sequence[Group], seconds: float) -> Metrics:
+        tokens = sum(len(r.completion.token_ids) for g in groups for r in g.rollouts)
+        times = {f"time/{name}": value for name, value in self.times.items()}
+        return times | {
+            "time/step": seconds,
+            "time/elapsed": self.elapsed,
+            "throughput/problems_per_s": len(groups) / seconds,
+            "throughput/tokens_per_s_generate": tokens / max(self.times.get("generate", 0.0), 1e-9),
+            "progress/steps": float(self.settings.steps),
+            "policy/version": float(self.synced_version),
+        }
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.times[name] = self.times.get(name, 0.0) + time.monotonic() - start
+
+
+def mean_metrics(updates: Sequence[Metrics]) -> Metrics:
+    """Several updates of one step → one row."""
+    names = {name for update in updates for name in update}
+    return {name: sum(u.get(name, 0.0) for u in updates) / len(updates) for name in sorted(names)}
