@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from grpo.batch import Batch
+from grpo.tree_attention import Tree, build_tree
 from grpo.types import Rollout
 
 
@@ -27,12 +28,13 @@ class ModelInputs:
 
     input_ids: Int[Tensor, "rows length"]
     position_ids: Int[Tensor, "rows length"]
-    attention_mask: Float[Tensor, "rows 1 length length"] | Int[Tensor, "rows length"]
     gather: Int[Tensor, " tokens"]
     targets: Int[Tensor, " tokens"]
+    attention_mask: Int[Tensor, "rows length"] | None = None  # padded
+    tree: Tree | None = None  # shared_prompt
 
     def to(self, device: torch.device) -> ModelInputs:
-        return ModelInputs(**{name: getattr(self, name).to(device) for name in self.__slots__})
+        return ModelInputs(**{name: None if (v := getattr(self, name)) is None else v.to(device) for name in self.__slots__})
 
 
 def unsupported(config: Any) -> str | None:
@@ -45,9 +47,8 @@ def unsupported(config: Any) -> str | None:
         return f"it has {', '.join(sorted(other))} layers"
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return "it has sliding-window attention"
-    implementation = getattr(config, "_attn_implementation", None)
-    if implementation not in ("sdpa", "eager"):
-        return f"its attention implementation {implementation!r} takes no mask of our own"
+    if getattr(config, "attention_dropout", 0):
+        return "it has attention dropout"
     return None
 
 
@@ -75,7 +76,7 @@ def row_length(batch: Batch, row: Sequence[int]) -> int:
 
 
 def microbatches(batch: Batch, shared: bool, budget: int) -> Iterator[list[list[int]]]:
-    """Rows filled up to ``budget`` padded tokens. A shared-prompt row stands alone on CPU-sized budgets: its mask is dense."""
+    """Rows filled up to ``budget`` padded tokens."""
     filled: list[list[int]] = []
     for row in rows(batch, shared, budget):
         width = row_length(batch, filled[0] if filled else row)  # rows come longest first
@@ -87,44 +88,36 @@ def microbatches(batch: Batch, shared: bool, budget: int) -> Iterator[list[list[
         yield filled
 
 
-def lay_out(rollout_rows: Sequence[Sequence[Rollout]], shared: bool, dtype: torch.dtype) -> ModelInputs:
-    """Rows of rollouts (a row shares one prompt) → tensors. ``dtype`` is the model's: the mask is added to its attention scores."""
-    length = max(len(row[0].completion.prompt_ids) + sum(len(r.completion.token_ids) - 1 for r in row) for row in rollout_rows)
-    shape = (len(rollout_rows), length)
-    input_ids, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    segment = torch.full(shape, -1, dtype=torch.long)  # 0: prompt, k: completion k of the row, -1: padding
+def lay_out(rollout_rows: Sequence[Sequence[Rollout]], shared: bool) -> ModelInputs:
+    """Rows of rollouts (a row shares one prompt) → tensors: [prompt region | completion region], each padded on the right."""
+    prompts = [row[0].completion.prompt_ids for row in rollout_rows]
+    inputs = [[len(r.completion.token_ids) - 1 for r in row] for row in rollout_rows]
+    if not shared:  # one completion a row: its tokens follow the prompt's at once, and padding stands only at the end
+        width, region = 0, max(len(p) + sum(n) for p, n in zip(prompts, inputs, strict=True))
+    else:
+        width, region = max(map(len, prompts)), max(1, *(sum(n) for n in inputs))
+    length = width + region
+    input_ids, position_ids = torch.zeros(len(prompts), length, dtype=torch.long), torch.zeros(len(prompts), length, dtype=torch.long)
     gather: list[Tensor] = []
-    targets: list[int] = []
-    for y, row in enumerate(rollout_rows):
-        prompt = row[0].completion.prompt_ids
-        ids, positions, segments = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-        for k, rollout in enumerate(row, start=1):
-            tokens = rollout.completion.token_ids
-            predictors = torch.arange(len(ids) - 1, len(ids) + len(tokens) - 1)
+    for y, (row, prompt) in enumerate(zip(rollout_rows, prompts, strict=True)):
+        input_ids[y, : len(prompt)] = torch.tensor(prompt)
+        position_ids[y, : len(prompt)] = torch.arange(len(prompt))
+        start = width if shared else len(prompt)
+        for rollout in row:
+            tokens = torch.tensor(rollout.completion.token_ids)
+            end = start + len(tokens) - 1
+            input_ids[y, start:end] = tokens[:-1]
+            position_ids[y, start:end] = len(prompt) + torch.arange(len(tokens) - 1)
+            predictors = torch.arange(start - 1, end)
             predictors[0] = len(prompt) - 1  # the first token is predicted by the prompt's last
             gather.append(y * length + predictors)
-            targets.extend(tokens)
-            ids.extend(tokens[:-1])
-            positions.extend(range(len(prompt), len(prompt) + len(tokens) - 1))
-            segments.extend([k] * (len(tokens) - 1))
-        end = len(ids)
-        input_ids[y, :end], position_ids[y, :end], segment[y, :end] = torch.tensor(ids), torch.tensor(positions), torch.tensor(segments)
+            start = end
+    lengths = torch.tensor([len(p) + sum(n) for p, n in zip(prompts, inputs, strict=True)])
     return ModelInputs(
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=_tree_mask(segment, dtype) if shared else (segment >= 0).long(),
         gather=torch.cat(gather),
-        targets=torch.tensor(targets),
+        targets=torch.tensor([t for row in rollout_rows for r in row for t in r.completion.token_ids]),
+        attention_mask=None if shared else (torch.arange(length)[None] < lengths[:, None]).long(),
+        tree=build_tree(list(map(len, prompts)), inputs) if shared else None,
     )
-
-
-def _tree_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where query may see key, the dtype's minimum elsewhere: causal, and key in the prompt or in the query's own completion.
-
-    Additive, because eager attention adds whatever it is given: a boolean mask there is silently wrong.
-    """
-    length = segment.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    own = segment[:, :, None] == segment[:, None, :]
-    visible = causal & (own | (segment == 0)[:, None, :])
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]

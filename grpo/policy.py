@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from grpo import layouts
+from grpo import layouts, tree_attention
 from grpo.batch import Batch
 from grpo.logprobs import token_logprobs
 from grpo.losses import Loss, Stat, TokenScores, merge
@@ -98,6 +98,9 @@ class HFPolicy:
         self.shared_prompt, self.tokens_per_microbatch, self.logprob_chunk = shared_prompt, tokens_per_microbatch, logprob_chunk
         self.tokenizer = tokenizer
         self.model: Any = model.to(self.device).train()
+        if self.shared_prompt:
+            tree_attention.register()
+            self.model.set_attn_implementation(tree_attention.NAME)
         self.num_updates = 0
         self.masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
         for name, parameter in model.named_parameters():  # parameters only: rotary frequencies and other buffers stay fp32
@@ -172,9 +175,12 @@ class HFPolicy:
         return clone
 
     def _forward(self, batch: Batch, part_rows: list[list[int]]) -> TokenScores:
-        inputs = layouts.lay_out([[batch.rollouts[i] for i in row] for row in part_rows], self.shared_prompt, self.dtype).to(self.device)
+        inputs = layouts.lay_out([[batch.rollouts[i] for i in row] for row in part_rows], self.shared_prompt).to(self.device)
         hidden = self.model.base_model(
-            input_ids=inputs.input_ids, position_ids=inputs.position_ids, attention_mask=inputs.attention_mask, use_cache=False
+            input_ids=inputs.input_ids,
+            position_ids=inputs.position_ids,
+            use_cache=False,
+            **({"tree": inputs.tree} if inputs.tree else {"attention_mask": inputs.attention_mask}),
         ).last_hidden_state
         head = self.model.get_output_embeddings()
         logprobs, entropy = token_logprobs(

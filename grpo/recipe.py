@@ -6,7 +6,9 @@ After ``load_recipe`` only dataclasses travel.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib import resources
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra import main as hydra_main
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -158,3 +162,65 @@ def translate(error: Exception) -> ConfigError:
 
 def _first_line(error: Any) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def to_yaml(composed: DictConfig) -> str:
+    """The composed configuration, interpolations as they were written."""
+    return OmegaConf.to_yaml(composed)
+
+
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration a run was made with, its name and place fixed, with overrides.
+
+    Raises:
+        ConfigError: the file is not a configuration of this version, or an override is wrong.
+    """
+    folder = folder.resolve()
+    prepare(overrides)
+    try:
+        composed = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / "config.yaml"))
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            if override.key_or_group in groups():
+                raise ConfigError(override.key_or_group, "a group cannot be chosen anew for a run that exists", "set single keys, or start from the recipe")
+            OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise translate(error) from error
+    assert isinstance(composed, DictConfig)
+    composed.run.dir, composed.run.recipe, composed.run.name = str(folder.parent.parent), folder.parent.name, folder.name
+    return to_config(composed)
+
+
+def sweep(recipe: str, overrides: Sequence[str], job: Callable[[Config], None]) -> None:
+    """Hydra's own ``--multirun``, launchers and sweepers included. Every single value is checked before the first job starts."""
+    for combination in _single_choices(overrides):
+        load_recipe(recipe, *combination)
+    folder, name = locate(recipe)
+    search = [] if folder is None else [f"hydra.searchpath=[{BUILT_IN}]"]
+    quiet = ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.sweep.dir=runs/.hydra"]
+
+    def task(composed: DictConfig) -> None:
+        if not composed.run.recipe:
+            composed.run.recipe = name
+        if not composed.run.name:
+            hydra = HydraConfig.get()
+            label = re.sub(r"[^\w.=,+-]+", "_", hydra.job.override_dirname).replace("++", "")
+            composed.run.name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{hydra.job.num}_{label}"[:120]
+        job(to_config(composed))
+
+    before, sys.argv = sys.argv, ["grpo", "--multirun", *prepare(overrides), *search, *quiet]
+    GlobalHydra.instance().clear()
+    try:
+        hydra_main(version_base="1.3", config_path=BUILT_IN if folder is None else str(folder), config_name=name)(task)()
+    finally:
+        sys.argv = before
+
+
+def _single_choices(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """One list of plain overrides for every value of every sweep, the other sweeps at their first value."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    choices = [list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.get_value_element_as_str()] for o in parsed]
+    first = [c[0] for c in choices]
+    for i, values in enumerate(choices):
+        for value in values if len(values) > 1 or i == 0 else []:
+            row = [*first[:i], value, *first[i + 1 :]]
+            yield [f"{o.input_line.split('=', 1)[0]}={v}" for o, v in zip(parsed, row, strict=True) if o.input_line]

