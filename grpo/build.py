@@ -171,13 +171,19 @@ def make_engine(config: Config, folder: str, tokenizer: Any, where: Machine, sta
 
         hf_args = {"dtype": where.dtype_name, "device": where.device, "trust_remote_code": model.trust_remote_code, **rollout.engine_args}
         return stack.enter_context(_closing(HFEngine(folder, tokenizer=tokenizer, revision=model.revision, **hf_args)))
-    from grpo.rollouts.pool import EnginePool, start_ray
+    from grpo.rollouts.pool import EnginePool, start_ray, stop_ray
     from grpo.rollouts.vllm import VLLMEngine
 
-    stack.callback(start_ray(num_cpus=max(where.cores, rollout.num_engines)))
+    cpus = rollout.cpus_per_engine or max(1, where.cores // rollout.num_engines)
+    start_ray(num_cpus=max(where.cores, cpus * rollout.num_engines), num_gpus=rollout.gpus_per_engine * rollout.num_engines)
+    stack.callback(stop_ray)
+    stop.take()
     pool = EnginePool(
-        VLLMEngine,
-        {
+        num_engines=rollout.num_engines,
+        cpus_per_engine=cpus,
+        gpus_per_engine=rollout.gpus_per_engine,
+        factory=VLLMEngine,
+        kwargs={
             "model_path": folder,
             "dtype": where.dtype_name,
             "seed": config.run.seed,
@@ -185,11 +191,7 @@ def make_engine(config: Config, folder: str, tokenizer: Any, where: Machine, sta
             "trust_remote_code": model.trust_remote_code,
             "engine_args": dict(rollout.engine_args),
         },
-        num_engines=rollout.num_engines,
-        cpus_per_engine=rollout.cpus_per_engine or max(1, where.cores // rollout.num_engines),
-        gpus_per_engine=rollout.gpus_per_engine,
     )
-    stop.take()
     return stack.enter_context(_closing(pool))
 
 

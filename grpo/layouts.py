@@ -1,8 +1,8 @@
 """How rollouts are laid out for the model, and where each trained token's prediction stands. Nothing else knows of padding.
 
 ``padded``         one rollout a row, right-padded: any model; the oracle of the tests.
-``shared_prompt``  one group a row: the prompt once, then every completion, each seeing the prompt and itself. The prompt of a
-                   group of 16 is computed once instead of 16 times. Needs full attention in every layer.
+``shared_prompt``  a tree: what all prompts begin with, once; then a row a group: the rest of its prompt and every completion, each
+                   seeing the prompt and itself. Needs full attention in every layer.
 
 A completion's last token predicts nothing, so it is a target and never an input.
 """
@@ -42,6 +42,7 @@ def unsupported(config: Any) -> str | None:
 
     Sliding windows and linear attention would compute something else without a word (measured), so they are named here.
     """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config  # of a multimodal model: its language model
     layer_types = set(getattr(config, "layer_types", None) or ())
     if other := layer_types - {"full_attention"}:
         return f"it has {', '.join(sorted(other))} layers"
@@ -52,11 +53,25 @@ def unsupported(config: Any) -> str | None:
     return None
 
 
-def rows(batch: Batch, shared: bool, budget: int) -> list[list[int]]:
-    """Which rollouts (positions in the batch) stand in which row, longest row first, so that memory fails at once if at all.
+def microbatches(batch: Batch, shared: bool, budget: int) -> Iterator[list[list[int]]]:
+    """Rows of rollouts (positions in the batch), filled up to ``budget`` tokens, padding included; longest first, so that memory
+    fails at once if at all."""
+    prefix = common_prefix([r.completion.prompt_ids for r in batch.rollouts]) if shared and batch.rollouts else 0
+    filled: list[list[int]] = []
+    prompt = region = 0
+    for row in rows(batch, shared, budget):
+        mine = row_shape(batch, row, shared, prefix)
+        prompt, region = max(prompt, mine[0]), max(region, mine[1])
+        if filled and prefix + (len(filled) + 1) * (prompt + region) > budget:
+            yield filled
+            filled, (prompt, region) = [], mine
+        filled.append(row)
+    if filled:
+        yield filled
 
-    A group longer than ``budget`` tokens is cut into several rows, each with the prompt.
-    """
+
+def rows(batch: Batch, shared: bool, budget: int) -> list[list[int]]:
+    """Which rollouts stand in which row. A group longer than ``budget`` tokens is cut into several rows, each with the prompt."""
     out: list[list[int]] = []
     group, used = -1, 0
     for i, rollout in enumerate(batch.rollouts):
@@ -71,53 +86,75 @@ def rows(batch: Batch, shared: bool, budget: int) -> list[list[int]]:
 
 
 def row_length(batch: Batch, row: Sequence[int]) -> int:
+    """Input tokens of a row, its whole prompt included."""
     completions = [batch.rollouts[i].completion for i in row]
     return len(completions[0].prompt_ids) + sum(len(c.token_ids) - 1 for c in completions)
 
 
-def microbatches(batch: Batch, shared: bool, budget: int) -> Iterator[list[list[int]]]:
-    """Rows filled up to ``budget`` padded tokens."""
-    filled: list[list[int]] = []
-    for row in rows(batch, shared, budget):
-        width = row_length(batch, filled[0] if filled else row)  # rows come longest first
-        if filled and (len(filled) + 1) * width > budget:
-            yield filled
-            filled = []
-        filled.append(row)
-    if filled:
-        yield filled
+def row_shape(batch: Batch, row: Sequence[int], shared: bool, prefix: int) -> tuple[int, int]:
+    """Tokens in the two regions of a row, each of which ``lay_out`` pads to the longest of its rows."""
+    length, prompt = row_length(batch, row), len(batch.rollouts[row[0]].completion.prompt_ids)
+    return (prompt - prefix, length - prompt) if shared else (0, length)
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, one less than the shortest at most: a row keeps the token that predicts its first."""
+    first, last = min(prompts), max(prompts)  # in dictionary order, no other two differ sooner
+    limit = min(map(len, prompts)) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
 def lay_out(rollout_rows: Sequence[Sequence[Rollout]], shared: bool) -> ModelInputs:
-    """Rows of rollouts (a row shares one prompt) → tensors: [prompt region | completion region], each padded on the right."""
+    """Rows of rollouts (a row shares one prompt) → tensors."""
+    return _lay_out_tree(rollout_rows) if shared else _lay_out_padded([r for row in rollout_rows for r in row])
+
+
+def _lay_out_padded(rollouts: Sequence[Rollout]) -> ModelInputs:
+    sequences = [torch.tensor(r.completion.prompt_ids + r.completion.token_ids[:-1]) for r in rollouts]
+    lengths = torch.tensor([len(s) for s in sequences])
+    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    positions = torch.arange(input_ids.shape[1])
+    starts = [len(r.completion.prompt_ids) - 1 for r in rollouts]
+    return ModelInputs(
+        input_ids=input_ids,
+        position_ids=positions.expand_as(input_ids),
+        gather=torch.cat([y * len(positions) + torch.arange(start, len(s)) for y, (start, s) in enumerate(zip(starts, sequences, strict=True))]),
+        targets=_targets(rollouts),
+        attention_mask=(positions < lengths[:, None]).long(),
+    )
+
+
+def _lay_out_tree(rollout_rows: Sequence[Sequence[Rollout]]) -> ModelInputs:
+    """One line of tokens [prefix | row | row | …], a row being [prompt region | completion region]."""
     prompts = [row[0].completion.prompt_ids for row in rollout_rows]
-    inputs = [[len(r.completion.token_ids) - 1 for r in row] for row in rollout_rows]
-    if not shared:  # one completion a row: its tokens follow the prompt's at once, and padding stands only at the end
-        width, region = 0, max(len(p) + sum(n) for p, n in zip(prompts, inputs, strict=True))
-    else:
-        width, region = max(map(len, prompts)), max(1, *(sum(n) for n in inputs))
-    length = width + region
-    input_ids, position_ids = torch.zeros(len(prompts), length, dtype=torch.long), torch.zeros(len(prompts), length, dtype=torch.long)
+    prefix = common_prefix(prompts)
+    tree = build_tree(prefix, [len(p) - prefix for p in prompts], [[len(r.completion.token_ids) - 1 for r in row] for row in rollout_rows])
+    width = tree.prompt + tree.region
+    input_ids = torch.zeros(prefix + len(prompts) * width, dtype=torch.long)
+    position_ids = torch.zeros_like(input_ids)
+    input_ids[:prefix], position_ids[:prefix] = torch.tensor(prompts[0][:prefix]), torch.arange(prefix)
     gather: list[Tensor] = []
     for y, (row, prompt) in enumerate(zip(rollout_rows, prompts, strict=True)):
-        input_ids[y, : len(prompt)] = torch.tensor(prompt)
-        position_ids[y, : len(prompt)] = torch.arange(len(prompt))
-        start = width if shared else len(prompt)
+        start = prefix + y * width
+        end = start + len(prompt) - prefix
+        input_ids[start:end], position_ids[start:end] = torch.tensor(prompt[prefix:]), torch.arange(prefix, len(prompt))
+        last_of_prompt, start = end - 1, start + tree.prompt
         for rollout in row:
             tokens = torch.tensor(rollout.completion.token_ids)
             end = start + len(tokens) - 1
-            input_ids[y, start:end] = tokens[:-1]
-            position_ids[y, start:end] = len(prompt) + torch.arange(len(tokens) - 1)
+            input_ids[start:end], position_ids[start:end] = tokens[:-1], len(prompt) + torch.arange(len(tokens) - 1)
             predictors = torch.arange(start - 1, end)
-            predictors[0] = len(prompt) - 1  # the first token is predicted by the prompt's last
-            gather.append(y * length + predictors)
+            predictors[0] = last_of_prompt  # the first token is predicted by the prompt's last
+            gather.append(predictors)
             start = end
-    lengths = torch.tensor([len(p) + sum(n) for p, n in zip(prompts, inputs, strict=True)])
     return ModelInputs(
-        input_ids=input_ids,
-        position_ids=position_ids,
+        input_ids=input_ids[None],
+        position_ids=position_ids[None],
         gather=torch.cat(gather),
-        targets=torch.tensor([t for row in rollout_rows for r in row for t in r.completion.token_ids]),
-        attention_mask=None if shared else (torch.arange(length)[None] < lengths[:, None]).long(),
-        tree=build_tree(list(map(len, prompts)), inputs) if shared else None,
+        targets=_targets([r for row in rollout_rows for r in row]),
+        tree=tree,
     )
+
+
+def _targets(rollouts: Sequence[Rollout]) -> Tensor:
+    return torch.tensor([token for r in rollouts for token in r.completion.token_ids])

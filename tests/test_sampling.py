@@ -43,9 +43,10 @@ def naive_logprobs(logits: Tensor, temperature: float, top_p: float, top_k: int)
 
 def test_keys_and_uniforms_are_pinned() -> None:
     """Recorded text would change if the hash did. The first is splitmix64's finaliser by hand."""
-    assert completion_key(0, 0) == -2152535657050944081  # mix(0x9E3779B97F4A7C15) = 0xE220A8397B1DCDAF, and mix(0) = 0
-    assert numbers(1).item() == uniforms(torch.tensor([completion_key(0, 0)]), torch.tensor([0])).item()
-    assert completion_key(2**63 - 1, 7) != completion_key(2**63 - 1, 8)
+    assert completion_key(0, 0) == 0xE220A8397B1DCDAF - 2**64  # mix(mix(0) + 0x9E3779B97F4A7C15), and mix(0) = 0
+    assert uniforms(torch.tensor([0]), torch.tensor([0])).item() == (0xE220A8397B1DCDAF >> 11) * 2.0**-53
+    keys = {completion_key(seed, index) for seed in (0, 1, 2**62, 2**63 - 1) for index in range(100)}
+    assert len(keys) == 400 and all(-(2**63) <= key < 2**63 for key in keys)
 
 
 def test_uniforms_look_uniform_and_independent() -> None:
@@ -54,7 +55,6 @@ def test_uniforms_look_uniform_and_independent() -> None:
     counts = torch.histc(u, bins=64, min=0, max=1)
     assert float(((counts - 1024) ** 2 / 1024).sum()) < 104  # χ², 63 degrees of freedom: 99.9 %
     assert float(torch.corrcoef(u).fill_diagonal_(0).abs().max()) < 0.07  # 4.5 σ of 4096 samples, between positions
-    assert float(torch.corrcoef(u[:, :16].T).fill_diagonal_(0).abs().max()) < 1.0
 
 
 @pytest.mark.parametrize("vocab", [7, 256, 300, 1024])
@@ -73,7 +73,9 @@ def test_frequencies_are_the_softmax(vocab: int, temperature: float) -> None:
     assert chi2 < degrees + 4 * math.sqrt(2 * degrees), (chi2, degrees)
 
 
-@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 5), (0.9, 0.6, 40), (1.0, 1e-6, 0)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 5), (0.9, 0.6, 40), (1.0, 1e-6, 0)]
+)
 @pytest.mark.parametrize("vocab", [50, 1500])
 def test_logprobs_and_support_equal_a_naive_reference(vocab: int, temperature: float, top_p: float, top_k: int) -> None:
     rows = 400

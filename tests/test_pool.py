@@ -1,0 +1,253 @@
+"""The pool with engines that hold no model: order, failures, interruption, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo.rollouts.base import Progress, Weights
+from grpo.rollouts.pool import EnginePool, _chunks, start_ray, stop_ray
+from grpo.types import Completion, FinishReason, Request, Sampling
+
+SAMPLING = Sampling(max_new_tokens=4)
+
+
+class DrillEngine:
+    """Answers with its process id. A prompt that starts with 666 kills it, 500 is an error in it, 300 takes a while."""
+
+    def __init__(self, greeting: str = "") -> None:
+        if greeting == "broken":
+            raise ValueError("this model does not exist\n  → check model.path")
+        self._version = 0
+        self._total = 0.0
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None) -> list[Completion]:
+        completions: list[Completion] = []
+        for request in requests:
+            self._obey(request.prompt_ids[0], progress)
+            completions += [self._answer(request, index) for index in range(request.num_completions)]
+            if progress is not None:
+                progress(len(completions), 0)
+        return completions
+
+    def _obey(self, order: int, progress: Progress | None) -> None:
+        if order == 666:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if order == 500:
+            raise ValueError("logits are NaN\n  → lower optim.lr")
+        for _ in range(order // 10 if order == 300 else 0):  # three seconds in steps
+            time.sleep(0.1)
+            if progress is not None:
+                progress(0, 0)
+
+    def _answer(self, request: Request, index: int) -> Completion:
+        return Completion(
+            problem_id=request.problem_id,
+            index=index,
+            prompt_ids=request.prompt_ids,
+            token_ids=(os.getpid(),),
+            text=str(self._total),
+            logprobs=(-1.0,),
+            policy_versions=(self._version,),
+            finish_reason=FinishReason.stop,
+        )
+
+    def load_weights(self, weights: Weights, version: int) -> None:
+        if "unknown" in weights:
+            raise ValueError("1 unexpected: unknown")
+        self._total = sum(float(weight.double().sum()) for weight in weights.values())
+        self._version = version
+
+    def close(self) -> None:
+        pass
+
+
+def requests(*orders: int, num_completions: int = 2) -> list[Request]:
+    return [Request(problem_id=f"p{i}", prompt_ids=(order,), num_completions=num_completions, seed=i) for i, order in enumerate(orders)]
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    start_ray(num_cpus=2, object_store_memory=100_000_000)
+    start_ray(num_cpus=2)  # a second call does nothing
+    yield
+    stop_ray()
+    stop_ray()
+
+
+def make_pool(num_engines: int = 2, greeting: str = "") -> EnginePool:
+    return EnginePool(num_engines=num_engines, cpus_per_engine=1, factory=DrillEngine, kwargs={"greeting": greeting})
+
+
+@pytest.fixture(scope="module")
+def pool(ray_cluster: None) -> Iterator[EnginePool]:
+    pool = make_pool()
+    yield pool
+    pool.close()
+    pool.close()
+
+
+def processes_of(pool: EnginePool) -> set[int]:
+    return {completion.token_ids[0] for completion in pool.generate(requests(300, 300), SAMPLING)}
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: object, seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():  # type: ignore[operator]
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_engines"), [([8] * 16, 1), ([8] * 16, 3), ([1, 50, 1, 1], 2), ([300, 300, 2], 1), ([4], 3), ([], 2)]
+)
+def test_chunks_keep_the_order_and_lose_nothing(sizes: list[int], num_engines: int) -> None:
+    asked = [Request(problem_id=str(i), prompt_ids=(1,), num_completions=size, seed=0) for i, size in enumerate(sizes)]
+    chunks = _chunks(asked, num_engines)
+    assert [request for chunk in chunks for request in chunk] == asked
+    assert all(chunks) and len(chunks) <= max(num_engines, -(-sum(sizes) // 256))
+    if sizes == [8] * 16:
+        assert max(map(len, chunks)) - min(map(len, chunks)) <= 1
+
+
+@pytest.mark.slow
+def test_completions_come_in_the_order_of_the_requests(pool: EnginePool) -> None:
+    calls: list[tuple[int, int]] = []
+    asked = requests(300, *range(1, 6))
+    completions = pool.generate(asked, SAMPLING, lambda done, total: calls.append((done, total)))
+    assert [(c.problem_id, c.index) for c in completions] == [(r.problem_id, i) for r in asked for i in range(2)]
+    assert len({c.token_ids for c in completions}) == 2, "both engines worked"
+    assert calls[-1] == (12, 12) and all(done <= total for done, total in calls)
+    assert any(0 < done < 12 for done, _ in calls), "progress is told while engines work"
+    assert pool.generate([], SAMPLING) == []
+
+
+@pytest.mark.slow
+def test_every_engine_gets_the_weights(pool: EnginePool) -> None:
+    weights = {"a": torch.full((3, 2), 0.5, dtype=torch.bfloat16), "b": torch.ones(4)}
+    pool.load_weights(weights, 6)
+    completions = pool.generate(requests(300, 300), SAMPLING)
+    assert {c.policy_versions for c in completions} == {(6,)} and {c.text for c in completions} == {"7.0"}
+    with pytest.raises(ValueError, match=r"^1 unexpected: unknown$"):
+        pool.load_weights({"unknown": torch.zeros(1)}, 7)
+
+
+@pytest.mark.slow
+def test_what_an_engine_raises_arrives_as_it_is(pool: EnginePool) -> None:
+    with pytest.raises(ValueError, match=r"^logits are NaN\n  → lower optim.lr$"):
+        pool.generate(requests(1, 1, 1, 500), SAMPLING)
+    assert len(pool.generate(requests(1, 2), SAMPLING)) == 4
+
+
+@pytest.mark.slow
+def test_an_interruption_is_quick_and_the_engines_stay_usable(pool: EnginePool) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    before = processes_of(pool)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        pool.generate(requests(*[300] * 20), SAMPLING, stop)  # a minute's work
+    assert len(pool.generate(requests(1, 2), SAMPLING)) == 4
+    assert time.monotonic() - start < 5
+    assert processes_of(pool) == before
+
+
+@pytest.mark.slow
+def test_a_dead_engine_is_an_error_at_once(ray_cluster: None, pool: EnginePool) -> None:
+    pool.close()  # its CPUs are needed
+    drill = make_pool()
+    try:
+        with pytest.raises(RuntimeError, match=r"(?s)engine \d of 2 died.*→ often the system was out of memory"):
+            drill.generate(requests(300, 666), SAMPLING)
+    finally:
+        drill.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        drill.generate(requests(1), SAMPLING)
+
+
+@pytest.mark.slow
+def test_a_pool_that_can_not_start_says_why(ray_cluster: None) -> None:
+    with pytest.raises(ValueError, match=r"^this model does not exist\n  → check model.path$"):
+        make_pool(greeting="broken")
+    with pytest.raises(ValueError, match=r"need 99, and the ray cluster has 2\n  → lower rollout.num_engines"):
+        make_pool(num_engines=99)
+    with pytest.raises(ValueError, match="GPUs each need 1, and the ray cluster has 0"):
+        EnginePool(num_engines=1, cpus_per_engine=1, gpus_per_engine=1, factory=DrillEngine)
+
+
+@pytest.mark.slow
+def test_close_leaves_no_engine_process(ray_cluster: None) -> None:
+    drill = make_pool()
+    pids = processes_of(drill)
+    assert len(pids) == 2 and all(map(is_alive, pids))
+    drill.close()
+    assert wait_until(lambda: not any(map(is_alive, pids)))
+
+
+DRIVER = """
+import sys, time
+from test_pool import DrillEngine, SAMPLING, make_pool, processes_of, requests
+from grpo.rollouts.pool import start_ray, stop_ray
+import ray
+
+start_ray(num_cpus=2, object_store_memory=100_000_000)
+pool = make_pool()
+pids = processes_of(pool)
+print("ready", ray.get_runtime_context().get_job_id(), ray._private.worker.global_worker.node.get_session_dir_path(), *pids, flush=True)
+try:
+    pool.generate(requests(*[300] * 20), SAMPLING)
+except KeyboardInterrupt:
+    assert processes_of(pool) == pids, "the engines did not outlive Ctrl-C"
+    print("saved", flush=True)
+finally:
+    pool.close()
+    stop_ray()
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_driver_alone_and_nothing_stays(repository: Path) -> None:
+    """SIGINT to the whole process group, as a terminal sends it: the driver can still use its engines, then all are gone."""
+    environment = os.environ | {"PYTHONPATH": f"{repository}:{repository / 'tests'}"}
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    )
+    assert driver.stdout is not None
+    ready = driver.stdout.readline().split()
+    assert ready and ready[0] == "ready", driver.communicate()[1]
+    session, pids = ready[2], [int(pid) for pid in ready[3:]]
+    time.sleep(1)
+    os.killpg(driver.pid, signal.SIGINT)
+    output, errors = driver.communicate(timeout=60)
+    assert "saved" in output, errors
+    assert errors.strip() == "", "starting and stopping ray is silent"
+    assert wait_until(lambda: not any(map(is_alive, pids)) and not running_with(session))
+
+
+def running_with(text: str) -> list[str]:
+    """Command lines that hold ``text``: Ray's daemons name their session's folder."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    return [line for line in lines if text in line]
