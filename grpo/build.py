@@ -295,17 +295,17 @@ def train(config: Config) -> Result:
     checked = plan(config)
     early = None if config.data.chat else _both_splits(checked)  # a chat template needs the tokenizer, hence the model
     run = RunFolder.create(Path(config.run.dir), config.run.recipe or "run", config.run.name, resume=config.run.resume)
-    resumed = config.run.resume and bool(checkpoint.steps(run))
+    resumed_from = checkpoint.last_step(run) if config.run.resume else None
     run.write_config(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
     run.write_environment()
     run.write_objective(objective_card(checked))
     logger, failed = make_logger(config), True
     with StopSignal() as stop, ExitStack() as stack:
-        logger.start(plain(config), run, checkpoint.steps(run)[-1] if resumed else None)
+        logger.start(plain(config), run, resumed_from)
         try:
             with stop.anywhere():
                 trainer = assemble(checked, early, run, logger, stack, stop)
-                if resumed:
+                if resumed_from is not None:
                     trainer.restore()
             trainer.train(stop)
             failed = False
@@ -335,6 +335,10 @@ def assemble(
     encode = encoder(tokenizer, config.data.chat)
 
     def collector(sampling: Sampling, samples: int, seed: int, name: str) -> Collector:
+        def progress(done: int, total: int) -> None:
+            stop.check()
+            logger.phase(name, done, total)
+
         return Collector(
             engine=engine,
             runtime=runtime,
@@ -343,7 +347,7 @@ def assemble(
             completions_per_problem=samples,
             weights=checked.reward_weights,
             seed=seed,
-            progress=lambda done, total: logger.phase(name, done, total),
+            progress=progress,
         )
 
     return Trainer(

@@ -43,16 +43,26 @@ def steps(run: RunFolder) -> list[int]:
     return sorted(int(f.name.removeprefix("step_")) for f in folders)
 
 
+def last_step(run: RunFolder) -> int:
+    """The step that this run goes on from.
+
+    Raises:
+        ConfigError: it has no checkpoint.
+    """
+    found = steps(run)
+    if not found:
+        raise ConfigError("run.resume", f"{run.path} has no checkpoint to go on from", "start it anew under another run.name")
+    return found[-1]
+
+
 def load_last(run: RunFolder) -> dict[str, Any]:
     """The state of the last checkpoint.
 
     Raises:
         ConfigError: the run has none.
     """
-    found = steps(run)
-    if not found:
-        raise ConfigError("run.resume", f"{run.path} has no checkpoint to go on from", "start it anew under another run.name")
-    state: dict[str, Any] = torch.load(run.checkpoint(found[-1]) / STATE_FILE, map_location="cpu", mmap=True, weights_only=True)
+    file = run.checkpoint(last_step(run)) / STATE_FILE
+    state: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     return state
 
 

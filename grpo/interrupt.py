@@ -58,6 +58,9 @@ class StopSignal:
         self._anywhere = True
         try:
             yield
+        except SystemError:  # compiled code, such as ray.wait, that an exception of a signal handler went through
+            self.check()
+            raise
         finally:
             self._anywhere = False
         self.check()

@@ -29,45 +29,58 @@ def token_logprobs(
     return _ChunkedLogprobs.apply(hidden, weight, bias, targets, temperature, chunk)
 
 
-def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits if logits.dtype is torch.float64 else logits.float()
-    return logits if temperature == 1.0 else logits / temperature
+def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, out: Tensor) -> Tensor:
+    """z = (W h + b) / T of one chunk, written into ``out``."""
+    logits = out[: len(hidden)].copy_(torch.nn.functional.linear(hidden, weight, bias))
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _workspace(hidden: Tensor, weight: Tensor, chunk: int, number: int) -> list[Tensor]:
+    """Buffers [chunk, vocab] for a whole pass: fresh ones for every chunk cost more, in page faults, than the arithmetic."""
+    dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
+    return [torch.empty(min(chunk, len(hidden)), len(weight), dtype=dtype, device=hidden.device) for _ in range(number)]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk: int) -> Any:
-        logprobs, entropies = [], []
-        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            log_p = _scaled_logits(h, weight, bias, temperature).log_softmax(-1)
-            logprobs.append(log_p.gather(-1, y[:, None])[:, 0])
-            entropies.append(-(log_p.exp() * log_p).sum(-1))
-        logprob = torch.cat(logprobs) if logprobs else hidden.new_zeros(0, dtype=torch.float32)
-        entropy = torch.cat(entropies) if entropies else torch.zeros_like(logprob)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
+        z_space, p_space = _workspace(hidden, weight, chunk, 2)
+        logprob, entropy = z_space.new_empty(len(hidden)), z_space.new_empty(len(hidden))
+        log_total = torch.empty_like(logprob)  # log Σ e^z, so that the backward pass need not sum again
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            z = _scaled_logits(hidden[part], weight, bias, temperature, z_space)
+            highest = z.amax(-1)
+            e = torch.exp(z.sub_(highest[:, None]), out=p_space[: len(z)])
+            total = e.sum(-1)
+            logprob[part] = z.gather(-1, targets[part, None])[:, 0] - total.log()
+            log_total[part] = highest + total.log()
+            entropy[part] = total.log() - e.mul_(z.clamp_min_(torch.finfo(z.dtype).min)).sum(-1) / total  # −Σ p log p; 0 · −∞ is 0
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy, log_total)
         ctx.temperature, ctx.chunk = temperature, chunk
         return logprob, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_logprob, grad_entropy = grads
-        hidden, weight, bias, targets, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, entropy, log_total = ctx.saved_tensors
         wants_weight, wants_bias = ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[2]
         entropy_used = bool((grad_entropy != 0).any())
-        accumulate = torch.float64 if weight.dtype is torch.float64 else torch.float32  # bf16 sums would lose small chunks
+        z_space, *spare = _workspace(hidden, weight, ctx.chunk, 2 if entropy_used else 1)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=accumulate) if wants_bias else None
+        grad_weight = torch.zeros_like(weight, dtype=z_space.dtype) if wants_weight else None  # bf16 sums would lose small chunks
+        grad_bias = torch.zeros_like(bias, dtype=z_space.dtype) if wants_bias else None
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            h = hidden[part]
-            log_p = _scaled_logits(h, weight, bias, ctx.temperature).log_softmax(-1)
-            p = log_p.exp()
-            grad = p * -grad_logprob[part, None]
+            h, into_logprob, into_entropy = hidden[part], grad_logprob[part, None], grad_entropy[part, None]
+            log_p = _scaled_logits(h, weight, bias, ctx.temperature, z_space).sub_(log_total[part, None])
             if entropy_used:
-                grad -= p * (log_p + entropy[part, None]) * grad_entropy[part, None]
-            grad.scatter_add_(-1, targets[part, None], grad_logprob[part, None].to(grad))
+                p = torch.exp(log_p, out=spare[0][: len(log_p)])
+                log_p.clamp_min_(torch.finfo(log_p.dtype).min).add_(entropy[part, None]).mul_(-into_entropy).sub_(into_logprob)
+                grad = p.mul_(log_p)
+            else:
+                grad = log_p.exp_().mul_(-into_logprob)
+            grad.scatter_add_(-1, targets[part, None], into_logprob.to(grad))
             if ctx.temperature != 1.0:
                 grad /= ctx.temperature
             if grad_bias is not None:

@@ -142,7 +142,7 @@ class HFPolicy:
             output = loss(self._forward(trained, part_rows), _to(part, self.device))
             output.loss.backward()
             total_loss += float(output.loss.detach())
-            computed += sum(layouts.row_length(trained, row) for row in part_rows)
+            computed += sum(len(r.completion.token_ids) for r in part.rollouts)
             parts.append(output.stats)
         metrics = {"policy/loss": total_loss, "policy/trained_rollouts": float(len(trained.rollouts))}
         metrics |= self._step() if trained.rollouts else {"policy/grad_norm": 0.0, "policy/lr": 0.0}

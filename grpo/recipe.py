@@ -154,6 +154,8 @@ def translate(error: Exception) -> ConfigError:
     first = _first_line(text)
     if key and (" not in " in first or "not in struct" in first):
         return unknown_key(key)
+    if match := re.search(r"Could not override '(\w+)'\. No match in the defaults list", text):
+        return ConfigError(match[1], "the recipe chooses no such group, so there is nothing to replace", f"add `- {match[1]}: CHOICE` to its defaults list")
     if match := re.search(r"Could not find '([^']+)'", str(error)):
         group, _, choice = match[1].rpartition("/")
         return ConfigError(group or "defaults", f"there is no {choice!r}", f"choose from: {', '.join(groups().get(group, built_in()))}")

@@ -106,13 +106,15 @@ class Trainer:
                 self.step, self.elapsed = step, before + time.monotonic() - started
                 metrics = rollout_metrics(groups, s.eval_metric, self.reward_weights) | mean_metrics(updates)
                 self.record(groups, batch)
-                if self.heldout and (step == s.steps or (s.eval_every and step % s.eval_every == 0)):
-                    with stop.anywhere():
-                        metrics |= self.evaluate(step)
-                if step == s.steps or (s.checkpoint_every and step % s.checkpoint_every == 0):
-                    self.save()
-                self.elapsed = before + time.monotonic() - started
-                self.logger.log(step, metrics | self.progress(groups, time.monotonic() - begin))
+                try:
+                    if self.heldout and (step == s.steps or (s.eval_every and step % s.eval_every == 0)):
+                        with stop.anywhere():
+                            metrics |= self.evaluate(step)
+                    if step == s.steps or (s.checkpoint_every and step % s.checkpoint_every == 0):
+                        self.save()
+                finally:  # the step is done: it is on record even if its evaluation was cut off
+                    self.elapsed = before + time.monotonic() - started
+                    self.logger.log(step, metrics | self.progress(groups, time.monotonic() - begin))
                 stop.check()
         except (Interrupted, KeyboardInterrupt):
             if self.step and self.step not in checkpoint.steps(self.run):
@@ -206,6 +208,9 @@ class Trainer:
 
 
 def mean_metrics(updates: Sequence[Metrics]) -> Metrics:
-    """Several updates of one step → one row."""
-    names = {name for update in updates for name in update}
-    return {name: sum(u.get(name, 0.0) for u in updates) / len(updates) for name in sorted(names)}
+    """Several updates of one step → one row. An update without signal has no ratio, for one: a metric is averaged where it exists."""
+    values: dict[str, list[float]] = {}
+    for update in updates:
+        for name, value in update.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(found) / len(found) for name, found in sorted(values.items())}

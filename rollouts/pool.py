@@ -30,6 +30,7 @@ _RAY_ENVIRONMENT = {  # read by ray's processes when they start; what the user h
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; without it ray warns of the change
+    "RAY_worker_niceness": "0",  # ray would run the engine, which the trainer waits for, behind everything else on the machine
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run`, ray would ship the working directory to every worker
 }
 
@@ -130,7 +131,7 @@ class EnginePool:
                 if progress is not None:
                     progress(done + self._sampled_by([work.engine for work in busy.values()]), total)
         except BaseException:
-            self._cancel([work.engine for work in busy.values()], call.number)
+            _cancel(self._actors, call.number)
             raise
         return [completion for result in results for completion in result]
 
@@ -147,7 +148,7 @@ class EnginePool:
         actors, self._actors = self._actors, []
         if not ray.is_initialized():
             return
-        self._cancel_actors(actors, self._calls)
+        _cancel(actors, self._calls)
         closing = [actor.close.options(concurrency_group="work").remote() for actor in actors]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=_CLOSING)
@@ -204,14 +205,6 @@ class EnginePool:
             f"engine {engine} of {len(self._actors)} died: {str(error).strip()}\n"
             "  → often the system was out of memory: lower rollout.num_engines, or kv_cache_memory_bytes in rollout.engine_args"
         ) from error
-
-    def _cancel(self, engines: Sequence[int], call: int) -> None:
-        self._cancel_actors([self._actors[engine] for engine in engines], call)
-
-    @staticmethod
-    def _cancel_actors(actors: Sequence[ActorHandle[Any]], call: int) -> None:
-        for actor in actors:
-            actor.cancel.options(concurrency_group="watch").remote(call)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +271,12 @@ class _EngineActor:
     def cancel(self, call: int) -> None:
         with self._lock:
             self._cancelled = max(self._cancelled, call)
+
+
+def _cancel(actors: Sequence[ActorHandle[Any]], call: int) -> None:
+    """Tell all of them, busy or not: an interruption can fall between handing work out and noting it."""
+    for actor in actors:
+        actor.cancel.options(concurrency_group="watch").remote(call)
 
 
 def _engine_environment(cpus: int) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.rollouts.base import Engine, end_of_first_stop
+from grpo.rollouts.collect import Collector, request_seed
 from grpo.rollouts.hf import HFEngine
 from grpo.rollouts.scripted import ScriptedEngine
 from grpo.rollouts.weights import PackedWeights, check_weights, checkpoint_shapes
-from grpo.types import Completion, FinishReason, Request, Sampling
+from grpo.types import Completion, FinishReason, Problem, Request, Sampling, Score
 
 PROMPTS = ("1+2=", "What is 17 + 4?", "a", "Assistant: (3 * 5) / 2 =")
 SHORT = Sampling(max_new_tokens=12)
@@ -23,6 +24,16 @@ LOGPROB_BOUND = {  # largest |Δ| seen against transformers' own forward pass in
     "hf": 1e-4,  # seen: 4e-6
     "vllm": 1e-4,  # seen: 4e-6
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A model this small only loses by a second thread, and on a busy machine it loses a hundredfold."""
+    set_num_threads, before = torch.set_num_threads, torch.get_num_threads()  # vLLM's CPU build replaces the function
+    set_num_threads(1)
+    yield
+    torch.set_num_threads = set_num_threads
+    set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -317,3 +328,53 @@ def test_packed_weights_arrive_bit_for_bit(dtype: torch.dtype) -> None:
     for name, tensor in packed.unpack().items():
         assert tensor.dtype == dtype and tensor.shape == weights[name].shape
         assert torch.equal(tensor.double(), weights[name].double())
+
+
+# --- the collector ---
+
+
+class Ruler:
+    """Scores a completion by its index; ``unscored`` ones get NaN in the part of weight 0, or in the one that counts."""
+
+    def __init__(self, unscored: Mapping[int, str]) -> None:
+        self._unscored = unscored
+
+    def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
+        assert [c.problem_id for c in completions] == [p.id for p in problems]
+        return [
+            {part: Score(value=math.nan if self._unscored.get(c.index) == part else c.index) for part in ("main", "watched")}
+            for c in completions
+        ]
+
+
+def collector_of(tokenizer: Any, unscored: Mapping[int, str], seed: int = 0) -> Collector:
+    return Collector(
+        engine=ScriptedEngine(tokenizer),
+        runtime=Ruler(unscored),
+        encode=lambda problem: tuple(tokenizer.encode(problem.prompt)),
+        sampling=Sampling(max_new_tokens=100),
+        completions_per_problem=3,
+        weights={"main": 0.5, "watched": 0.0},
+        seed=seed,
+    )
+
+
+def problems_of(*ids: str) -> list[Problem]:
+    return [Problem(id=id, prompt="1+2=", answer="3") for id in ids]
+
+
+def test_collector_groups_by_problem_and_weighs_the_scores(tokenizer: Any) -> None:
+    collector = collector_of(tokenizer, unscored={1: "main", 2: "watched"})
+    groups = collector.collect(problems_of("b", "a"), step=1)
+    assert [(g.problem.id, [r.completion.index for r in g.rollouts]) for g in groups] == [("b", [0, 1, 2]), ("a", [0, 1, 2])]
+    zero, unscored, two = groups[0].rollouts
+    assert (zero.reward, two.reward) == (0.0, 1.0) and not unscored.scored
+    assert collector.timings.keys() == {"generate", "reward"}
+    with pytest.raises(ValueError, match="3 problems have only 2 ids"):
+        collector.collect(problems_of("a", "b", "a"), step=1)
+
+
+def test_request_seeds_depend_on_run_step_and_problem_alone() -> None:
+    seeds = {request_seed(seed, step, problem) for seed in (0, 1) for step in (0, 1, 10) for problem in ("a", "b", "0/a")}
+    assert len(seeds) == 18 and all(0 <= seed < 2**63 for seed in seeds)
+    assert request_seed(0, 0, "a") == 5050641589276093629  # recorded: another value would change every run

@@ -1,0 +1,333 @@
+"""Whole runs with the tiny model: what a run leaves behind, exact resume, interruption, and the user's own reward."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grpo import checkpoint
+from grpo.build import train
+from grpo.cli import main
+from grpo.config import ConfigError
+from grpo.interrupt import Interrupted, StopSignal
+from grpo.recipe import load_recipe, load_run
+from grpo.rollouts.hf import HFEngine
+from grpo.run import RunFolder
+from grpo.trainer import Trainer, mean_metrics
+
+# A random model never adds up, but it can write digits: a reward that tells its completions apart from the first step.
+REWARDS = '''
+def digits(completion, problem):
+    """The share of digits in the text."""
+    return sum(c.isdigit() for c in completion.text) / max(len(completion.text), 1)
+
+def brevity(completion, problem, scale=1.0):
+    return -scale * len(completion.token_ids)
+'''
+RECIPE = """\
+defaults:
+  - schema
+  - algo: {algo}
+  - model: hub
+  - data: sums
+  - rollout: hf
+  - logger: quiet
+  - _self_
+run: {{steps: 3, checkpoint_every: 2}}
+model: {{path: "{model}", precision: fp32}}
+data: {{problems: {{heldout: 20, size: 50}}, template: "{{question}} ="}}
+reward: {{digits: {{fn: "{rewards}:digits"}}}}
+rollout: {{problems_per_step: 2, completions_per_problem: 4, max_new_tokens: 8}}
+optim: {{lr: 1.0e-3}}
+eval: {{every: 2, problems: 3, metric: digits}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model: str) -> str:
+    return write_recipe(tmp_path, tiny_model)
+
+
+def write_recipe(folder: Path, model: str, algo: str = "grpo") -> str:
+    (folder / "my_rewards.py").write_text(REWARDS)
+    file = folder / "digits.yaml"
+    file.write_text(RECIPE.format(model=model, rewards=folder / "my_rewards.py", algo=algo))
+    return str(file)
+
+
+def run_recipe(recipe: str, *overrides: str) -> RunFolder:
+    """Beside the recipe, whatever the working directory is."""
+    return train(load_recipe(recipe, f"run.dir={Path(recipe).parent / 'runs'}", *overrides)).run
+
+
+def go_on(run: RunFolder, *overrides: str) -> None:
+    config = load_run(run.path, overrides)
+    config.run.resume = True
+    train(config)
+
+
+def comparable(run: RunFolder) -> list[dict[str, float]]:
+    """Metrics that depend on the algorithm alone; NaN as a string, which equals itself."""
+    changing = ("time/", "throughput/", "progress/")
+    rows = [{k: v for k, v in row.items() if not k.startswith(changing)} for row in run.read_metrics()]
+    return json.loads(json.dumps(rows))  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> RunFolder:
+    return run_recipe(write_recipe(tmp_path_factory.mktemp("finished"), tiny_model), "run.name=first")
+
+
+def test_the_run_folder_is_complete(finished: RunFolder) -> None:
+    assert (finished.recipe, finished.name) == ("digits", "first")
+    assert finished.config_file.is_file() and json.loads(finished.environment_file.read_text())["packages"]["torch"]
+    card = finished.objective_file.read_text()
+    assert "8 completions a step = 2 problems × 4" in card
+    for part in ("group_norm", "clipped_surrogate", "truncated_importance", "sequence_mean", "1 · digits"):
+        assert part in card, part
+    assert "<html" in finished.report_file.read_text()
+    assert finished.rollout_steps() == [1, 2, 3]
+    assert finished.rollout_steps("eval") == [0, 2, 3]
+    assert checkpoint.steps(finished) == [3], "one is kept"
+    assert (finished.best_checkpoint / "model.safetensors").is_file()
+    assert not [f for f in finished.checkpoints.iterdir() if f.name.startswith(".")], "nothing half written"
+
+
+def test_metrics_have_a_row_a_step(finished: RunFolder) -> None:
+    rows = finished.read_metrics()
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [("eval/pass@1" in row, "policy/loss" in row) for row in rows] == [(True, False), (False, True), (True, True), (True, True)]
+    for row in rows[1:]:
+        for key in (
+            "reward/mean", "reward/digits/mean", "rollout/groups_without_signal", "completion/length_mean", "policy/grad_norm",
+            "policy/lr", "policy/entropy", "policy/ratio", "policy/clip_share", "sampler/logprob_diff", "time/generate", "time/update",
+            "time/step", "throughput/tokens_per_s_generate", "progress/steps",
+        ):  # fmt: skip
+            assert math.isfinite(row[key]), key
+        assert row["policy/lr"] == 1e-3 and row["policy/ratio"] == 1.0
+        assert row["policy/version"] == row["step"] - (0 if "eval/pass@1" in row else 1), "an evaluation loads the new weights"
+        assert 0 < row["sampler/logprob_diff"] < 1e-4, "sampler and trainer are the same weights in fp32"
+
+
+def test_rollouts_are_on_disk(finished: RunFolder) -> None:
+    for step in (1, 2, 3):
+        rows = pq.read_table(finished.rollout_file(step)).to_pylist()
+        assert len(rows) == 8
+        assert {version for row in rows for version in row["policy_versions"]} == {step - 1}
+        by_problem: dict[str, list[float]] = {}
+        for row in rows:
+            by_problem.setdefault(row["problem_id"], []).append(row["advantage"])
+        assert len(by_problem) == 2
+        assert all(abs(sum(values)) < 1e-5 for values in by_problem.values()), "advantages of a group are centred"
+        expected = sum(c.isdigit() for c in rows[0]["completion"]) / len(rows[0]["completion"])
+        assert rows[0]["reward"] == pytest.approx(expected)
+
+
+def test_training_changed_the_weights_and_the_checkpoint_is_a_model(finished: RunFolder, tiny_model: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    before, after = load_file(Path(tiny_model) / "model.safetensors"), load_file(finished.checkpoint(3) / "model.safetensors")
+    assert before.keys() == after.keys() and all((before[name] != after[name]).any() for name in before)
+    AutoModelForCausalLM.from_pretrained(finished.checkpoint(3))
+    assert AutoTokenizer.from_pretrained(finished.checkpoint(3)).decode([5]) == AutoTokenizer.from_pretrained(tiny_model).decode([5])
+
+
+def test_the_saved_configuration_gives_the_same_run(finished: RunFolder) -> None:
+    config = load_run(finished.path)
+    config.run.name = "again"
+    assert comparable(train(config).run) == comparable(finished)
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize(
+    ("algo", "settings"),
+    [
+        pytest.param("grpo", [], id="grpo"),
+        pytest.param("deepseek_r1", ["algo.kl.coef=0.5", "optim.updates_per_step=2", "algo.reference_refresh=3"], id="kl_and_two_updates"),
+    ],
+)
+def test_resume_is_exact(tmp_path: Path, tiny_model: str, algo: str, settings: Sequence[str]) -> None:
+    recipe = write_recipe(tmp_path, tiny_model, algo)
+    straight = run_recipe(recipe, "run.steps=4", "run.name=straight", *settings)
+    halves = run_recipe(recipe, "run.steps=2", "run.name=halves", *settings)
+    assert checkpoint.steps(halves) == [2]
+    go_on(halves, "run.steps=4")
+    assert comparable(halves) == comparable(straight)
+    a, b = (load_file(run.checkpoint(4) / "model.safetensors") for run in (straight, halves))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for folder in ("rollouts", "eval"):
+        assert halves.rollout_steps(folder) == straight.rollout_steps(folder)  # type: ignore[arg-type]
+        for step in straight.rollout_steps(folder):  # type: ignore[arg-type]
+            assert halves.read_rollouts(step, folder).equals(straight.read_rollouts(step, folder)), (folder, step)  # type: ignore[arg-type]
+
+
+def test_resume_without_a_checkpoint_says_so(recipe: str) -> None:
+    run = RunFolder.create(Path(recipe).parent / "runs", "digits", "empty")
+    run.write_config("run: {steps: 9}\n")
+    with pytest.raises(ConfigError, match=r"(?s)run\.resume: .*has no checkpoint to go on from\n  → start it anew"):
+        run_recipe(recipe, "run.name=empty", "run.resume=true")
+    assert run.config_file.read_text() == "run: {steps: 9}\n", "nothing was touched"
+    with pytest.raises(ConfigError, match=r"does not exist .*\n  → "):
+        run_recipe(recipe, "run.name=never_made", "run.resume=true")
+
+
+# ---------------------------------------------------------------- interruption
+
+
+def test_an_interrupted_generation_leaves_the_last_step_and_its_problems(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = run_recipe(recipe, "run.steps=3", "run.name=straight")
+    generate, calls = HFEngine.generate, []
+
+    def stopping(self: HFEngine, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:  # the evaluation at the start, step 1, step 2
+            raise Interrupted
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(HFEngine, "generate", stopping)
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, "run.steps=3", "run.name=cut")
+    cut = RunFolder.open(straight.path.parent / "cut")
+    assert checkpoint.steps(cut) == [1], "checkpoint_every is 2; this one is for the interruption"
+    assert [row["step"] for row in cut.read_metrics()] == [0, 1]
+    monkeypatch.undo()
+    go_on(cut)
+    assert comparable(cut) == comparable(straight), "step 2 drew the same problems again"
+
+
+def test_a_step_whose_evaluation_is_interrupted_is_on_record(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = Trainer.evaluate
+
+    def stopping(self: Trainer, step: int) -> Any:
+        if step == 2:
+            raise Interrupted
+        return evaluate(self, step)
+
+    monkeypatch.setattr(Trainer, "evaluate", stopping)
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, "run.name=cut")
+    cut = RunFolder.open(Path(recipe).parent / "runs" / "digits" / "cut")
+    assert checkpoint.steps(cut) == [2]
+    assert [row["step"] for row in cut.read_metrics()] == [0, 1, 2]
+
+
+def test_stop_signal_waits_for_the_step_and_cuts_off_a_rollout() -> None:
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)  # outside `anywhere`: an update goes on
+        assert stop.requested
+        with pytest.raises(Interrupted):
+            stop.check()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    with StopSignal() as stop, pytest.raises(Interrupted), stop.anywhere():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def children(process: int) -> set[int]:
+    """All living descendants."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue  # it has just ended
+        if state != "Z":
+            parents[int(stat.parent.name)] = int(parent)
+    found, new = set[int](), {process}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new} - found
+        found |= new
+    return found
+
+
+def wait_for(condition: Any, seconds: float, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_what_is_done_and_leaves_no_process(recipe: str, tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "grpo.cli", "train", recipe, "run.steps=100000", "run.name=cut", "run.checkpoint_every=0"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "runs" / "digits" / "cut" / "metrics.jsonl"
+    try:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 4, 120, process)
+        family = children(process.pid)
+        assert family, "the reward workers"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "grpo: stopped. What is done is saved" in errors and "Traceback" not in errors
+    left = {child for child in family if Path(f"/proc/{child}/stat").exists()}
+    assert left == set()
+    run = RunFolder.open(metrics.parent)
+    last = run.read_metrics()[-1]["step"]
+    assert checkpoint.steps(run) == [last] and last >= 3
+    assert [row["step"] for row in run.read_metrics()] == list(range(int(last) + 1))
+    assert run.report_file.is_file()
+    go_on(run, f"run.steps={int(last) + 2}")
+    assert [row["step"] for row in run.read_metrics()] == list(range(int(last) + 3))
+
+
+# ---------------------------------------------------------------- the user's own parts
+
+
+def test_a_reward_from_a_file_on_the_command_line(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(elsewhere)
+    words = ["reward.brevity.fn=./my_rewards.py:brevity", "reward.brevity.weight=0.1", "reward.brevity.scale=2.0"]
+    assert main(["train", recipe, "run.steps=1", "run.name=own", *words]) == 0
+    assert "runs/digits/own" in capsys.readouterr().out
+    run = RunFolder.open(elsewhere / "runs" / "digits" / "own")
+    row = run.read_metrics()[-1]
+    assert row["reward/brevity/mean"] == pytest.approx(-2 * row["completion/length_mean"])
+    assert row["reward/brevity/weighted"] == pytest.approx(-0.2 * row["completion/length_mean"])
+    assert row["reward/mean"] == pytest.approx(row["reward/digits/mean"] - 0.2 * row["completion/length_mean"])
+    go_on(run, "run.steps=2")  # from a working directory where ./my_rewards.py is another file
+    assert run.read_metrics()[-1]["reward/brevity/mean"] < 0
+
+
+def test_the_scripted_engine_runs_too(recipe: str) -> None:
+    form = ["reward.format.fn=grpo.rewards.format.r1_format", "eval.metric=format"]
+    run = run_recipe(recipe, "rollout=scripted", "rollout.max_new_tokens=80", "run.steps=2", *form)
+    rows = run.read_metrics()
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["reward/format/mean"] == 1.0 for row in rows[1:]), "its answers are in the R1 format"
+    assert rows[0]["eval/pass@1"] == 1.0
+
+
+def test_updates_without_a_metric_do_not_count_in_its_mean() -> None:
+    """A minibatch without signal has no ratio: it must not pull the mean to zero."""
+    updates = [{"policy/ratio": 1.0, "policy/grad_norm": 3.0}, {"policy/grad_norm": 0.0}]
+    assert mean_metrics(updates) == {"policy/ratio": 1.0, "policy/grad_norm": 1.5}
