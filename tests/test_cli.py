@@ -1,0 +1,218 @@
+"""The command line: every mistake is one message that names the key and a remedy; and what it does when nothing is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grpo.build import plan
+from grpo.cli import main
+from grpo.config import Config, keys
+from grpo.recipe import built_in, compose_recipe, groups, load_recipe, locate
+
+# The real command, but its last line of output says whether torch was loaded on the way.
+PROGRAM = "import sys; from grpo.cli import main; code = main(); print(f'torch={\"torch\" in sys.modules}'); sys.exit(code)"
+# Were a mistake not found, this would end at once all the same: no steps, no model worth its name, no engine.
+HARMLESS = ["run.steps=0", "eval.problems=4", "model=tiny", "rollout=scripted", "logger=quiet"]
+FILES = {
+    "my_rewards.py": "def takes_one(completion):\n    return 1.0\n\ndef scaled(completion, problem, scale=1.0):\n    return scale\n",
+    "broken.py": "import no_such_module\n\ndef f(completion, problem):\n    return 1.0\n",
+    "r1_zero_arithmetic.yaml": "defaults: [schema, _self_]\n",
+    "no_schema.yaml": "run: {steps: 1}\n",
+    "no_reward_group.yaml": "defaults: [schema, {algo: grpo}, {model: tiny}, {data: sums}, _self_]\n",
+    "typo.yaml": "defaults: [schema, {algo: grpo}, {model: tiny}, {data: sums}, {reward: r1_rules}, _self_]\nrun: {stepps: 1}\n",
+    "bad_choice.yaml": "defaults: [schema, {algo: gpro}, _self_]\n",
+    "not_yaml.yaml": "defaults: [schema\nrun: {{",
+    "train.jsonl": '{"question": "1 + 1", "answer": "2"}\n{"question": "2 + 2", "answer": "4"}\n',
+    "test.jsonl": '{"question": "2 + 2", "answer": "4"}\n',
+    "damaged.jsonl": '{"question": "1 + 1", "answer": "2"}\n{"question": \n',
+}
+JSONL = ["data.problems.fn=grpo.data.jsonl", "~data.problems.terms", "~data.problems.low", "~data.problems.high", "data.template=''"]
+JSONL += ["rollout.problems_per_step=1"]
+OVERLAP = ["data.problems.train=train.jsonl", "data.problems.heldout=test.jsonl"]
+
+
+def grpo(*words: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", PROGRAM, *words], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    (folder / "empty").mkdir()
+    return folder
+
+
+BUILT_IN = "r1_zero_arithmetic"
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "says"),
+    [
+        pytest.param([BUILT_IN, "optim.learning_rate=1e-5"], "optim.learning_rate", "no such key", id="unknown key"),
+        pytest.param([BUILT_IN, "optim.lrr=1e-5"], "optim.lrr", "did you mean 'optim.lr'?", id="typo in a key"),
+        pytest.param([BUILT_IN, "steps=5"], "steps", "did you mean 'run.steps'?", id="key without its section"),
+        pytest.param([BUILT_IN, "algo=gpro"], "algo", "did you mean 'grpo'?", id="unknown choice"),
+        pytest.param([BUILT_IN, "run.steps=many"], "run.steps", "many", id="wrong type"),
+        pytest.param([BUILT_IN, "trainer.layout=packed"], "trainer.layout", "shared_prompt", id="wrong value of a list"),
+        pytest.param([BUILT_IN, "run.steps=-1"], "run.steps", "is -1", id="out of range"),
+        pytest.param([BUILT_IN, "rollout.top_p=0.9"], "rollout.top_p", "importance weights", id="would bias training"),
+        pytest.param([BUILT_IN, "optim=3"], "optim", "is a section", id="section"),
+        pytest.param([BUILT_IN, "hello"], "command line", "key=value", id="not an override"),
+        pytest.param([BUILT_IN, "model=hub"], "model.path", "has no value", id="missing value"),
+        pytest.param([BUILT_IN, "eval.metric=nothing"], "eval.metric", "accuracy, format", id="metric that is no reward"),
+        pytest.param(["r1_zero_aritmetic"], "recipe", "did you mean 'r1_zero_arithmetic'?", id="typo in the recipe"),
+        pytest.param(["nowhere.yaml"], "recipe", "does not exist", id="missing YAML"),
+        pytest.param(["r1_zero_arithmetic.yaml"], "recipe", "rename your file", id="name of a built-in"),
+        pytest.param(["no_schema.yaml"], "defaults", "put `- schema` first", id="no schema"),
+        pytest.param(["no_reward_group.yaml", "reward=r1_rules"], "reward", "add `- reward: CHOICE`", id="group the recipe lacks"),
+        pytest.param(["typo.yaml"], "run.stepps", "did you mean 'run.steps'?", id="typo in a YAML"),
+        pytest.param(["bad_choice.yaml"], "algo", "dr_grpo, grpo", id="unknown choice in a YAML"),
+        pytest.param(["not_yaml.yaml"], "recipe", "not_yaml.yaml", id="not YAML"),
+    ],
+)
+def test_a_mistake_in_the_configuration(folder: Path, words: Sequence[str], key: str, says: str) -> None:
+    result = grpo("train", *words, cwd=folder)
+    check(result, key, says)
+    assert result.stdout == "torch=False\n", "found without loading torch: in a second or two"
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "says"),
+    [
+        pytest.param(["model.path=./nowhere"], "model.path", "neither a folder", id="missing model folder"),
+        pytest.param(["model.path=./empty"], "model.path", "no config.json", id="folder without a model"),
+        pytest.param(["reward.x.fn=./nowhere.py:f"], "reward.x.fn", "does not exist", id="missing reward file"),
+        pytest.param(["reward.x.fn=./my_rewards.py:nothing"], "reward.x.fn", "defines no 'nothing'", id="missing reward function"),
+        pytest.param(["reward.x.fn=./my_rewards.py:takes_one"], "reward.x.fn", "with 2 arguments", id="wrong signature"),
+        pytest.param(["reward.x.fn=./broken.py:f"], "reward.x.fn", "no_such_module", id="file that does not import"),
+        pytest.param(
+            ["reward.x.fn=./my_rewards.py:scaled", "reward.x.scal=2"], "reward.x.scal", "did you mean 'scale'?", id="unknown argument"
+        ),
+        pytest.param(["reward.x.fn=grpo.rewards.math.acuracy"], "reward.x.fn", "acuracy", id="missing import path"),
+        pytest.param(["reward.x.weight=2"], "reward.x.fn", "is missing", id="reward without a function"),
+        pytest.param(["algo.aggregation.length=5"], "algo.aggregation.length", "takes no argument", id="argument of an algorithm"),
+        pytest.param(["data.template='{nope}'"], "data.template", "'nope'", id="unknown column in the template"),
+        pytest.param(["data.template='{question.x}'"], "data.template", "question, answer", id="attribute in the template"),
+        pytest.param(["data.prompt_key=nope"], "data.prompt_key", "question, answer", id="missing prompt column"),
+        pytest.param(["rollout.problems_per_step=9000"], "rollout.problems_per_step", "lower it", id="more than there are"),
+        pytest.param([*JSONL, *OVERLAP], "data.problems", "1 of 1 held-out problems are also", id="held-out overlap"),
+        pytest.param([*JSONL, *OVERLAP, "data.problems.heldout=nowhere.jsonl"], "data.problems.heldout", "does not exist", id="no data"),
+        pytest.param([*JSONL, *OVERLAP, "data.problems.train=damaged.jsonl"], "data.problems.train", "line 2", id="damaged data"),
+    ],
+)
+def test_a_mistake_in_what_the_configuration_names(folder: Path, words: Sequence[str], key: str, says: str) -> None:
+    result = grpo("train", BUILT_IN, *HARMLESS, *words, cwd=folder)
+    check(result, key, says)
+    assert not (folder / "runs").exists(), "found before anything was made"
+
+
+def check(result: subprocess.CompletedProcess[str], key: str, says: str) -> None:
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    message = result.stderr[result.stderr.index(f"grpo: {key}: ") :]
+    assert says in message
+    assert "\n  → " in message, "a remedy"
+
+
+@pytest.mark.parametrize("words", [["eval", "nowhere"], ["eval", "empty"]])
+def test_eval_of_no_model(folder: Path, words: Sequence[str]) -> None:
+    check(grpo(*words, cwd=folder), "eval", "neither a run folder nor a model folder")
+
+
+# ---------------------------------------------------------------- when nothing is wrong
+
+
+def test_cfg_job_prints_yaml_that_is_the_same_configuration(folder: Path) -> None:
+    words = ["optim.lr=1e-5", "algo=dr_grpo", "reward.x.fn=./my_rewards.py:scaled", "reward.x.scale=3"]
+    result = grpo("train", BUILT_IN, *words, "--cfg", "job", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout.removesuffix("torch=False\n")
+    assert printed != result.stdout
+    loaded = yaml.safe_load(printed)
+    assert loaded["optim"]["lr"] == 1e-5 and loaded["reward"]["x"] == {"fn": "./my_rewards.py:scaled", "scale": 3}
+    assert loaded["algo"]["aggregation"]["length"] == "${rollout.max_new_tokens}", "as it was written"
+    (folder / "printed.yaml").write_text("defaults: [schema, _self_]\n" + printed)
+    assert load_recipe(str(folder / "printed.yaml")) == load_recipe(BUILT_IN, *words)
+
+
+def test_a_users_recipe_from_outside_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.yaml").write_text(
+        "defaults: [schema, {algo: rloo}, {model: tiny}, {data: sums}, {reward: r1_rules}, {rollout: hf}, {logger: quiet}, _self_]\n"
+        "run: {steps: 7}\ndata: {problems: {terms: 2, heldout: 20}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = load_recipe("sub/mine.yaml", "optim.lr=0.5")
+    assert (config.run.recipe, config.run.steps, config.optim.lr) == ("mine", 7, 0.5)
+    assert config.algo.advantage["fn"] == "grpo.advantages.leave_one_out"
+    assert config.data.problems == {"fn": "grpo.data.sums", "terms": 2, "low": 1, "high": 20, "heldout": 20}
+    plan(config)
+
+
+def test_interpolations_are_resolved() -> None:
+    config = load_recipe(BUILT_IN, "algo=dr_grpo", "rollout.max_new_tokens=77")
+    assert config.algo.aggregation["length"] == 77
+
+
+@pytest.mark.slow
+def test_multirun_makes_a_folder_a_job(folder: Path, tmp_path: Path, tiny_model: str) -> None:
+    words = [f"model.path={tiny_model}", "run.steps=1", "rollout.problems_per_step=1", "rollout.completions_per_problem=2"]
+    result = grpo("train", BUILT_IN, *HARMLESS, *words, "--multirun", "run.seed=3,4", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    runs = [f for f in sorted((tmp_path / "runs" / BUILT_IN).iterdir()) if f.is_dir()]
+    assert [yaml.safe_load((run / "config.yaml").read_text())["run"]["seed"] for run in runs] == [3, 4]
+    for run in runs:
+        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [0, 1]
+
+
+def test_multirun_checks_every_value_before_the_first_job(folder: Path) -> None:
+    result = grpo("train", BUILT_IN, *HARMLESS, "--multirun", "optim.lr=1e-5,-1", cwd=folder)
+    check(result, "optim.lr", "is -1.0")
+    assert not (folder / "runs").exists()
+
+
+def test_recipes_lists_and_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in [*built_in(), *groups(), "dr_grpo", "r1_rules"])
+    assert main(["recipes", "show", BUILT_IN]) == 0
+    shown = capsys.readouterr().out
+    for key, (_, meaning) in keys().items():
+        assert f"{key} = " in shown and meaning in shown and meaning, key
+
+
+# ---------------------------------------------------------------- every recipe file
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in RECIPES.glob("*.yaml")))
+def test_every_recipe_can_be_planned(name: str) -> None:
+    assert locate(name) == (None, name)
+    assert len(built_in()[name]) > 20, "its first line is a comment that says what it is"
+    config = load_recipe(name)
+    assert isinstance(config, Config) and config.run.recipe == name
+    checked = plan(config)
+    assert checked.loss().aggregate is not None and checked.problems.load() is not None
+    assert all(part.ref.load() is not None for part in checked.rewards)
+
+
+@pytest.mark.parametrize("file", sorted(str(file.relative_to(RECIPES)) for file in RECIPES.glob("*/*.yaml")))
+def test_every_choice_of_a_group_fits_the_schema(file: str) -> None:
+    group, _, choice = file.removesuffix(".yaml").partition("/")
+    assert choice in groups()[group]
+    assert (RECIPES / file).read_text().startswith("# "), "its first line says what it is"
+    composed = compose_recipe(BUILT_IN, [f"{group}={choice}", "run.steps=1"])
+    assert composed.run.steps == 1
+    if group == "algo":
+        plan(load_recipe(BUILT_IN, f"algo={choice}"))
