@@ -1,8 +1,8 @@
 """Reinforcement learning for language models, centred on GRPO.
 
-    from grpo import load_recipe, train
-    result = train(load_recipe("tiny_digits", "run.steps=20"))
-    print(result.headline, result.run.path)
+from grpo import load_recipe, train
+result = train(load_recipe("tiny_digits", "run.steps=20"))
+print(result.headline, result.run.path)
 """
 
 from __future__ import annotations

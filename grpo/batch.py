@@ -18,7 +18,7 @@ from grpo.types import Group, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """The denominators of one optimiser step, counted before anything is dropped or split. ``Totals(tokens=4480, rollouts=128, groups=16)``"""
+    """The denominators of one optimiser step, counted before any drop or split: ``Totals(tokens=4480, rollouts=128, groups=16)``"""
 
     tokens: int
     rollouts: int

@@ -20,7 +20,7 @@ import yaml
 from grpo import checkpoint
 from grpo.config import Config, ConfigError, EngineName, Layout, Precision, WandbMode, validate
 from grpo.console import ConsoleLogger
-from grpo.data import PromptFormat, ProblemSource, check_disjoint, load_problems
+from grpo.data import ProblemSource, PromptFormat, check_disjoint, load_problems
 from grpo.imports import FunctionRef, resolve
 from grpo.interrupt import StopSignal
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
@@ -113,7 +113,11 @@ def check_gold(found: list[Problem], rewards: tuple[RewardPart, ...]) -> None:
     unreadable = [(p.id, message) for p in found if (message := math.check_gold(p.answer))]
     if unreadable:
         shown = "; ".join(f"{name}: {message}" for name, message in unreadable[:5])
-        raise ConfigError("data.answer_key", f"{len(unreadable)} of {len(found)} gold answers cannot be graded: {shown}", "correct these rows, or use another reward")
+        raise ConfigError(
+            "data.answer_key",
+            f"{len(unreadable)} of {len(found)} gold answers cannot be graded: {shown}",
+            "correct these rows, or use another reward",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +149,9 @@ def make_tokenizer(folder: str, config: Config) -> Any:
 
 def chat_format(tokenizer: Any) -> Callable[[str], str]:
     if not tokenizer.chat_template:
-        raise ConfigError("data.chat", "is true, but the model's tokenizer has no chat template", "set data.chat=false, or choose an instruct model")
+        raise ConfigError(
+            "data.chat", "is true, but the model's tokenizer has no chat template", "set data.chat=false, or choose an instruct model"
+        )
     return partial(_as_chat, tokenizer)
 
 
@@ -416,7 +422,12 @@ def objective_card(checked: Plan) -> str:
         "KL": checked.kl,
         "Aggregation": checked.aggregation,
     }
-    lines = ["# The objective of this run", "", "L = −Agg( w · J(ρ, A) )" + (f" + {checked.kl_coef:g} · Agg( KL )" if checked.kl else ""), ""]
+    lines = [
+        "# The objective of this run",
+        "",
+        "L = −Agg( w · J(ρ, A) )" + (f" + {checked.kl_coef:g} · Agg( KL )" if checked.kl else ""),
+        "",
+    ]
     if config.algo.entropy_coef:
         lines[2] += f" − {config.algo.entropy_coef:g} · Agg( H )"
     for name, ref in parts.items():
@@ -428,7 +439,9 @@ def objective_card(checked: Plan) -> str:
         lines.append(f"- **{name}** `{ref.target}`" + (f" ({settings})" if settings else "") + f": {text}")
     lines += ["- **Reward**: " + " + ".join(f"{p.weight:g} · {p.name}" for p in checked.rewards), ""]
     total = r.problems_per_step * r.completions_per_problem
-    lines.append(f"{total} completions a step = {r.problems_per_step} problems × {r.completions_per_problem}; {updates} optimiser update(s) a step.")
+    lines.append(
+        f"{total} completions a step = {r.problems_per_step} problems × {r.completions_per_problem}; {updates} optimiser update(s) a step."
+    )
     if updates == 1:
         lines.append("With one update a step policy / proximal is exactly 1: nothing is clipped, and a loss near 0 is normal.")
     return "\n".join(lines) + "\n"

@@ -27,7 +27,11 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit status: 0 done, 1 a setting or the machine is wrong, 130 interrupted (what is done is saved)."""
-    options = parser().parse_args(argv)
+    options, behind = (top := parser()).parse_known_args(argv)
+    if behind and (not hasattr(options, "overrides") or any(word.startswith("-") for word in behind)):
+        top.error(f"unrecognized arguments: {' '.join(behind)}")
+    if behind:  # argparse takes no words behind an option: --multirun run.seed=0,1
+        options.overrides += behind
     try:
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
@@ -35,12 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"grpo: {error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt):
-        print("grpo: stopped. What is done is saved: the same command with run.resume=true and the run's name, or `grpo train <run folder>`, goes on.", file=sys.stderr)
+        print(
+            "grpo: stopped. What is done is saved; `grpo train <run folder>` goes on from there.",
+            file=sys.stderr,
+        )
         return 130
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="grpo", description=(__doc__ or "").splitlines()[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="grpo", description=(__doc__ or "").splitlines()[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = top.add_subparsers(title="commands", required=True, metavar="{train,eval,recipes}")
 
     train = commands.add_parser("train", help="run a recipe, or go on with a run folder")
@@ -82,8 +91,9 @@ def _train(options: argparse.Namespace) -> int:
     else:
         config = load_recipe(options.recipe, *options.overrides)
     if options.cfg:
-        from grpo.build import plain
         import yaml
+
+        from grpo.build import plain
 
         print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), end="")
         return 0
@@ -105,7 +115,9 @@ def _eval(options: argparse.Namespace) -> int:
     from grpo.run import RunFolder
 
     target = Path(options.target)
-    run_folder = next((f for f in (target, *target.resolve().parents) if (f / "config.yaml").is_file() and (f / "metrics.jsonl").is_file()), None)
+    run_folder = next(
+        (f for f in (target, *target.resolve().parents) if (f / "config.yaml").is_file() and (f / "metrics.jsonl").is_file()), None
+    )
     folder = target
     if run_folder is not None and run_folder == target:
         from grpo import checkpoint
@@ -116,7 +128,9 @@ def _eval(options: argparse.Namespace) -> int:
             raise ConfigError("eval", f"{target} has no checkpoint yet", "let the run reach run.checkpoint_every steps")
         folder = run.checkpoint(found[-1])
     elif not (target / "config.json").is_file():
-        raise ConfigError("eval", f"{options.target!r} is neither a run folder nor a model folder (no config.yaml, no config.json)", "check the path")
+        raise ConfigError(
+            "eval", f"{options.target!r} is neither a run folder nor a model folder (no config.yaml, no config.json)", "check the path"
+        )
     if run_folder is not None and options.recipe is None:
         config = load_run(run_folder, options.overrides)
     else:
@@ -134,10 +148,19 @@ def _eval(options: argparse.Namespace) -> int:
         with options.out.open("w", encoding="utf-8") as lines:
             for rollout in (r for g in groups for r in g.rollouts):
                 scores = {name: score.value for name, score in rollout.scores.items()}
-                row = {"id": rollout.problem.id, "prompt": rollout.problem.prompt, "answer": rollout.problem.answer, "completion": rollout.completion.text}
-                lines.write(json.dumps(row | {"finish_reason": str(rollout.completion.finish_reason), "scores": scores}, ensure_ascii=False) + "\n")
-    print(f"{folder}\nheld-out pass@1 {metrics['eval/pass@1']:.3f} ± {metrics['eval/pass@1_ci95']:.3f} "
-          f"({len(groups)} problems × {config.eval.samples}, temperature {config.eval.temperature:g}, top-p {config.eval.top_p:g})")
+                row = {
+                    "id": rollout.problem.id,
+                    "prompt": rollout.problem.prompt,
+                    "answer": rollout.problem.answer,
+                    "completion": rollout.completion.text,
+                }
+                lines.write(
+                    json.dumps(row | {"finish_reason": str(rollout.completion.finish_reason), "scores": scores}, ensure_ascii=False) + "\n"
+                )
+    print(
+        f"{folder}\nheld-out pass@1 {metrics['eval/pass@1']:.3f} ± {metrics['eval/pass@1_ci95']:.3f} "
+        f"({len(groups)} problems × {config.eval.samples}, temperature {config.eval.temperature:g}, top-p {config.eval.top_p:g})"
+    )
     for name, value in sorted(metrics.items()):
         if name not in ("eval/pass@1", "eval/pass@1_ci95"):
             print(f"  {name.removeprefix('eval/'):<24} {value:.4g}")

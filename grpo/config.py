@@ -76,7 +76,9 @@ class ModelConfig:
     )
     revision: str | None = doc("hub revision", None)
     trust_remote_code: bool = doc("run the model's own code from the hub", False)
-    precision: Precision = doc("compute precision of the trainer; weights and optimiser stay fp32; auto: bf16 where the hardware has it", Precision.auto)
+    precision: Precision = doc(
+        "compute precision of the trainer; weights and optimiser stay fp32; auto: bf16 where the hardware has it", Precision.auto
+    )
     gradient_checkpointing: bool = doc("recompute activations in the backward pass: less memory, a third more time", False)
     cache_dir: str = doc("where converted models are kept; empty: $GRPO_CACHE, else ~/.cache/grpo-toolkit", "")
     args: dict[str, Any] = doc("keyword arguments for AutoModelForCausalLM.from_pretrained", factory=dict)
@@ -84,7 +86,9 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    problems: dict[str, Any] = doc("fn: where rows come from, called as fn(split, seed=…, …) for 'train' and 'heldout'; the other keys are its arguments", factory=dict)
+    problems: dict[str, Any] = doc(
+        "fn: where rows come from, called as fn(split, seed=…, …) for 'train' and 'heldout'; the other keys are its arguments", factory=dict
+    )
     template: str = doc("the prompt: the row's columns in braces, e.g. 'Question: {question}'; empty: the prompt column as it is", "")
     prompt_key: str = doc("the column that holds the question", "question")
     answer_key: str = doc("the column that holds the gold answer", "answer")
@@ -227,9 +231,19 @@ def validate(config: Config) -> None:
         check(getattr(c.rollout, key) >= 1, f"rollout.{key}", "it must be at least 1", "raise it")
     for section in ("rollout", "eval"):
         node = getattr(c, section)
-        check(node.temperature >= 0, f"{section}.temperature", "a temperature is not negative", "0 is greedy, 1 is the model's own distribution")
+        check(
+            node.temperature >= 0,
+            f"{section}.temperature",
+            "a temperature is not negative",
+            "0 is greedy, 1 is the model's own distribution",
+        )
         check(0 < node.top_p <= 1, f"{section}.top_p", "it must be in (0, 1]", "1 is off")
-    check(c.rollout.temperature > 0, "rollout.temperature", "greedy rollouts of a group are all the same: nothing to compare", "set it above 0; 1 is usual")
+    check(
+        c.rollout.temperature > 0,
+        "rollout.temperature",
+        "greedy rollouts of a group are all the same: nothing to compare",
+        "set it above 0; 1 is usual",
+    )
     check(
         c.rollout.top_p == 1,
         "rollout.top_p",
@@ -243,7 +257,12 @@ def validate(config: Config) -> None:
     check(0 <= c.optim.min_lr_ratio <= 1, "optim.min_lr_ratio", "it is a share of optim.lr", "set it between 0 and 1")
     check(c.optim.warmup_steps >= 0, "optim.warmup_steps", "it counts optimiser updates", "0 is no warm-up")
     check(c.optim.weight_decay >= 0, "optim.weight_decay", "a decay is not negative", "0 is off")
-    check(len(c.optim.betas) == 2 and all(0 <= b < 1 for b in c.optim.betas), "optim.betas", "AdamW takes two numbers in [0, 1)", "e.g. [0.9, 0.999]")
+    check(
+        len(c.optim.betas) == 2 and all(0 <= b < 1 for b in c.optim.betas),
+        "optim.betas",
+        "AdamW takes two numbers in [0, 1)",
+        "e.g. [0.9, 0.999]",
+    )
     check(c.optim.eps > 0, "optim.eps", "it must be positive", "1e-8 is usual")
     check(c.optim.max_grad_norm >= 0, "optim.max_grad_norm", "a norm is not negative", "0 is off")
     check(

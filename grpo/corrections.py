@@ -12,5 +12,5 @@ from torch import Tensor
 def truncated_importance(
     log_ratio: Float[Tensor, " tokens"], rollout_index: Int[Tensor, " tokens"], *, cap: float = 2.0
 ) -> Float[Tensor, " tokens"]:
-    """w_t = min(π_proximal / π_behavior, cap), a token at a time (TIS, "Your efficient RL framework secretly brings you off-policy training")."""
+    """w_t = min(π_proximal / π_behavior, cap), a token at a time: truncated importance sampling (TIS)."""
     return log_ratio.detach().exp().clamp(max=cap)

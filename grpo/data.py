@@ -61,16 +61,23 @@ def jsonl(split: str, *, train: str, heldout: str, seed: int = 0, limit: int = 0
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ConfigError(key, f"{path}, line {number} is not JSON: {error}") from error
+                raise ConfigError(key, f"{path}, line {number} is not JSON: {error}", "correct the line, or take it out") from error
             if not isinstance(row, dict):
-                raise ConfigError(key, f"{path}, line {number} is a {type(row).__name__}, not an object")
+                raise ConfigError(key, f"{path}, line {number} is a {type(row).__name__}, not an object", 'write one {"column": value, …} a line')
             rows.append(row)
     return rows[:limit] if limit else rows
 
 
 def huggingface(
-    split: str, *, path: str, train: str = "train", heldout: str = "test", name: str | None = None, revision: str | None = None,
-    seed: int = 0, limit: int = 0,
+    split: str,
+    *,
+    path: str,
+    train: str = "train",
+    heldout: str = "test",
+    name: str | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+    limit: int = 0,
 ) -> list[Row]:
     """A data set of the Hugging Face hub, or a folder ``datasets.load_dataset`` understands; slices like ``train[:95%]`` work."""
     import datasets
@@ -98,7 +105,9 @@ class PromptFormat:
     def problem(self, row: Row, split: str, number: int) -> Problem:
         for key, column in (("data.prompt_key", self.prompt_key), ("data.answer_key", self.answer_key)):
             if column not in row:
-                raise ConfigError(key, f"row {number} of the {split} split has no column {column!r}", f"its columns are: {', '.join(map(str, row))}")
+                raise ConfigError(
+                    key, f"row {number} of the {split} split has no column {column!r}", f"its columns are: {', '.join(map(str, row))}"
+                )
         prompt = str(row[self.prompt_key])
         if self.template:
             prompt = _fill(self.template, row, split, number)
@@ -114,9 +123,10 @@ def _fill(template: str, row: Row, split: str, number: int) -> str:
     """Columns in single braces; everything else, braces of LaTeX or JSON in the row included, stays as it is."""
     try:
         return template.format_map(row)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
-            "data.template", f"cannot be filled with row {number} of the {split} split: {type(error).__name__}: {error}",
+            "data.template",
+            f"cannot be filled with row {number} of the {split} split: {type(error).__name__}: {error}",
             f"its columns are {', '.join(map(str, row))}; a brace that is meant as a brace is written twice: {{{{ }}}}",
         ) from error
 
@@ -124,12 +134,14 @@ def _fill(template: str, row: Row, split: str, number: int) -> str:
 def load_problems(rows: Sequence[Row], split: str, prompt_format: PromptFormat) -> list[Problem]:
     """All problems of a split; ids must be unique, since groups are found by them."""
     if not rows:
-        raise ConfigError("data.problems", f"the {split} split has no rows")
+        raise ConfigError("data.problems", f"the {split} split has no rows", "check the source of the problems, and its limit")
     problems = [prompt_format.problem(row, split, number) for number, row in enumerate(rows)]
     ids = [p.id for p in problems]
     if len(set(ids)) < len(ids):
         twice = next(i for n, i in enumerate(ids) if i in ids[:n])
-        raise ConfigError("data.problems", f"two rows of the {split} split have the id {twice!r}", "make the column `id` unique, or leave it out")
+        raise ConfigError(
+            "data.problems", f"two rows of the {split} split have the id {twice!r}", "make the column `id` unique, or leave it out"
+        )
     return problems
 
 
@@ -137,7 +149,11 @@ def check_disjoint(train: Sequence[Problem], heldout: Sequence[Problem]) -> None
     """Raises ConfigError when a held-out prompt is also trained on: its score would be a lie."""
     seen = {p.prompt for p in train}
     if shared := [p for p in heldout if p.prompt in seen]:
-        raise ConfigError("data.problems", f"{len(shared)} of {len(heldout)} held-out problems are also in the training split, e.g. {shared[0].id}", "hold out other rows")
+        raise ConfigError(
+            "data.problems",
+            f"{len(shared)} of {len(heldout)} held-out problems are also in the training split, e.g. {shared[0].id}",
+            "hold out other rows",
+        )
 
 
 class ProblemSource:
@@ -153,7 +169,9 @@ class ProblemSource:
             ConfigError: there are fewer problems than that.
         """
         if count > len(self.problems):
-            raise ConfigError("rollout.problems_per_step", f"is {count}, but the training split has only {len(self.problems)} problems", "lower it")
+            raise ConfigError(
+                "rollout.problems_per_step", f"is {count}, but the training split has only {len(self.problems)} problems", "lower it"
+            )
         taken: dict[str, Problem] = {}
         for problem in self._from(self.position):
             self.position += 1

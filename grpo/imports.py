@@ -85,7 +85,7 @@ def resolve(settings: Mapping[str, Any], key: str, positional: int | None, provi
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}.fn", f"cannot load {target!r}: {error}", "give an import path or `file.py:function`") from error
     except Exception as error:
-        raise ConfigError(f"{key}.fn", f"{target!r} failed while it was imported: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{key}.fn", f"{target!r} failed while it was imported: {type(error).__name__}: {error}", "correct the file") from error
     _check_signature(function, arguments, key, target, positional, provided)
     if ref.source is not None:  # the path must mean the same from any working directory
         path, _, name = target.rpartition(":")
@@ -97,14 +97,20 @@ def _read_source(target: str, key: str) -> str | None:
     path, _, name = target.rpartition(":")
     if not path.endswith(".py"):
         if ":" in target or "." not in target:
-            raise ConfigError(key, f"{target!r} is neither an import path nor a file", "write `package.module.function` or `file.py:function`")
+            raise ConfigError(
+                key, f"{target!r} is neither an import path nor a file", "write `package.module.function` or `file.py:function`"
+            )
         return None
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ConfigError(key, f"the file {str(file)!r} does not exist (looked in {Path.cwd()})", "check the path; it is relative to where you run the command")
+        raise ConfigError(
+            key,
+            f"the file {str(file)!r} does not exist (looked in {Path.cwd()})",
+            "check the path; it is relative to where you run the command",
+        )
     source = file.read_text(encoding="utf-8")
     if f"def {name}" not in source and name not in source:
-        raise ConfigError(key, f"{str(file)!r} defines no {name!r}")
+        raise ConfigError(key, f"{str(file)!r} defines no {name!r}", "write the name of one of its functions behind the colon")
     return source
 
 
@@ -112,7 +118,7 @@ def _check_signature(
     function: Callable[..., Any], arguments: Mapping[str, Any], key: str, target: str, positional: int | None, provided: tuple[str, ...]
 ) -> None:
     if not callable(function):
-        raise ConfigError(f"{key}.fn", f"{target!r} is a {type(function).__name__}, not a function")
+        raise ConfigError(f"{key}.fn", f"{target!r} is a {type(function).__name__}, not a function", "give the name of a function")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -123,7 +129,9 @@ def _check_signature(
         if name not in names and not takes_any:
             near = get_close_matches(name, names, n=1)
             raise ConfigError(
-                f"{key}.{name}", f"{target} takes no argument {name!r}", f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(names)}"
+                f"{key}.{name}",
+                f"{target} takes no argument {name!r}",
+                f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(names)}",
             )
     if positional is None:
         return
@@ -131,7 +139,9 @@ def _check_signature(
         signature.bind(*([None] * positional), **dict.fromkeys(provided), **arguments)
     except TypeError as error:
         raise ConfigError(
-            f"{key}.fn", f"{target}{signature} cannot be called with {positional} arguments"
-            + (f" and {', '.join(arguments)}" if arguments else "") + f": {error}",
+            f"{key}.fn",
+            f"{target}{signature} cannot be called with {positional} arguments"
+            + (f" and {', '.join(arguments)}" if arguments else "")
+            + f": {error}",
             "see docs/extending.md for the signature of each kind of function",
         ) from error

@@ -10,7 +10,7 @@ A completion's last token predicts nothing, so it is a target and never an input
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class ModelInputs:
     tree: Tree | None = None  # shared_prompt
 
     def to(self, device: torch.device) -> ModelInputs:
-        return ModelInputs(**{name: None if (v := getattr(self, name)) is None else v.to(device) for name in self.__slots__})
+        return replace(self, **{name: v.to(device) for name in self.__slots__ if (v := getattr(self, name)) is not None})
 
 
 def unsupported(config: Any) -> str | None:
@@ -97,7 +97,7 @@ def row_shape(batch: Batch, row: Sequence[int], shared: bool, prefix: int) -> tu
     return (prompt - prefix, length - prompt) if shared else (0, length)
 
 
-def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
     """Tokens that all prompts begin with, one less than the shortest at most: a row keeps the token that predicts its first."""
     first, last = min(prompts), max(prompts)  # in dictionary order, no other two differ sooner
     limit = min(map(len, prompts)) - 1
@@ -118,7 +118,9 @@ def _lay_out_padded(rollouts: Sequence[Rollout]) -> ModelInputs:
     return ModelInputs(
         input_ids=input_ids,
         position_ids=positions.expand_as(input_ids),
-        gather=torch.cat([y * len(positions) + torch.arange(start, len(s)) for y, (start, s) in enumerate(zip(starts, sequences, strict=True))]),
+        gather=torch.cat(
+            [y * len(positions) + torch.arange(start, len(s)) for y, (start, s) in enumerate(zip(starts, sequences, strict=True))]
+        ),
         targets=_targets(rollouts),
         attention_mask=(positions < lengths[:, None]).long(),
     )

@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -86,7 +86,7 @@ class HFPolicy:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         optim: OptimSettings,
         *,
         dtype: torch.dtype = torch.float32,
@@ -103,7 +103,7 @@ class HFPolicy:
         self.device, self.dtype, self.temperature, self.optim = torch.device(device), dtype, temperature, optim
         self.shared_prompt, self.tokens_per_microbatch, self.logprob_chunk = shared_prompt, tokens_per_microbatch, logprob_chunk
         self.tokenizer = tokenizer
-        self.model: Any = model.to(self.device).train()
+        self.model = model.to(self.device).train()
         if self.shared_prompt:
             tree_attention.register()
             self.model.set_attn_implementation(tree_attention.NAME)
@@ -118,8 +118,8 @@ class HFPolicy:
     @staticmethod
     def _accumulate(master: nn.Parameter) -> Any:
         def hook(parameter: Tensor) -> None:
-            assert master.grad is not None
-            master.grad += parameter.grad  # type: ignore[operator]
+            assert master.grad is not None and parameter.grad is not None
+            master.grad.add_(parameter.grad)
             parameter.grad = None
 
         return hook
@@ -161,7 +161,11 @@ class HFPolicy:
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
     def state(self) -> dict[str, Any]:
-        return {"masters": {n: p.detach() for n, p in self.masters.items()}, "optimiser": self.optimiser.state_dict(), "num_updates": self.num_updates}
+        return {
+            "masters": {n: p.detach() for n, p in self.masters.items()},
+            "optimiser": self.optimiser.state_dict(),
+            "num_updates": self.num_updates,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         with torch.no_grad():
@@ -229,12 +233,12 @@ def release_freed_memory() -> None:
 def _optimiser(parameters: list[nn.Parameter], s: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
     if s.name == "sgd":
         return torch.optim.SGD(parameters, lr=s.lr, weight_decay=s.weight_decay)
-    return torch.optim.AdamW(parameters, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, fused=device.type in ("cpu", "cuda"))
+    return torch.optim.AdamW(
+        parameters, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, fused=device.type in ("cpu", "cuda")
+    )
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
-    from dataclasses import fields, replace
-
-    return replace(batch, **{f.name: v.to(device) for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)})
+    return replace(batch, **{f.name: v.to(device) for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)})  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from grpo.config import Config, ConfigError, keys, validate
 
@@ -65,7 +66,9 @@ def locate(recipe: str) -> tuple[Path | None, str]:
         if recipe not in built_in():
             near = get_close_matches(recipe, built_in(), n=1)
             raise ConfigError(
-                "recipe", f"there is no built-in recipe {recipe!r}", f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(built_in())}; or give a path to a YAML file"
+                "recipe",
+                f"there is no built-in recipe {recipe!r}",
+                f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(built_in())}; or give a path to a YAML file",
             )
         return None, recipe
     file = Path(recipe).expanduser().resolve()
@@ -92,6 +95,8 @@ def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
             raise ConfigError("defaults", f"recipe {recipe!r} does not start from the schema", "put `- schema` first in its defaults list")
     except (HydraException, OmegaConfBaseException) as error:
         raise translate(error) from error
+    except YAMLError as error:
+        raise ConfigError("recipe", f"{recipe} or a file it names is not YAML: {' '.join(str(error).split())}", "correct the file") from error
     if not composed.run.recipe:
         composed.run.recipe = name
     return composed
@@ -125,7 +130,9 @@ def _prepare_one(text: str, override: Override) -> str:
     if key in groups() or key.startswith("hydra"):
         if isinstance(value := override.value(), str) and key in groups() and value not in groups()[key]:
             near = get_close_matches(value, groups()[key], n=1)
-            raise ConfigError(key, f"there is no {value!r}", f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(groups()[key])}")
+            raise ConfigError(
+                key, f"there is no {value!r}", f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(groups()[key])}"
+            )
         return text
     known = keys()
     if key in known and not isinstance(known[key][0], dict):
@@ -133,7 +140,9 @@ def _prepare_one(text: str, override: Override) -> str:
     if any(key.startswith(name + ".") for name, (default, _) in known.items() if isinstance(default, dict)):
         return text if text.startswith(("+", "~")) else f"++{text}"
     if any(name.startswith(key + ".") for name in known):
-        raise ConfigError(key, "is a section, not a setting", f"set one of its keys, e.g. {next(n for n in known if n.startswith(key + '.'))}=…")
+        raise ConfigError(
+            key, "is a section, not a setting", f"set one of its keys, e.g. {next(n for n in known if n.startswith(key + '.'))}=…"
+        )
     raise unknown_key(key)
 
 
@@ -152,10 +161,12 @@ def translate(error: Exception) -> ConfigError:
     if match := re.search(r"full_key: (\S+)", f"{error}\n{text}"):
         key = match[1]
     first = _first_line(text)
-    if key and (" not in " in first or "not in struct" in first):
+    if key and " not in " in first:
         return unknown_key(key)
     if match := re.search(r"Could not override '(\w+)'\. No match in the defaults list", text):
-        return ConfigError(match[1], "the recipe chooses no such group, so there is nothing to replace", f"add `- {match[1]}: CHOICE` to its defaults list")
+        return ConfigError(
+            match[1], "the recipe chooses no such group, so there is nothing to replace", f"add `- {match[1]}: CHOICE` to its defaults list"
+        )
     if match := re.search(r"Could not find '([^']+)'", str(error)):
         group, _, choice = match[1].rpartition("/")
         return ConfigError(group or "defaults", f"there is no {choice!r}", f"choose from: {', '.join(groups().get(group, built_in()))}")
@@ -163,7 +174,8 @@ def translate(error: Exception) -> ConfigError:
 
 
 def _first_line(error: Any) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    lines = [line for line in str(error).strip().splitlines() if not line.endswith("raised while composing config:")]  # says nothing
+    return lines[0] if lines else type(error).__name__
 
 
 def to_yaml(composed: DictConfig) -> str:
@@ -183,7 +195,11 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
         composed = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / "config.yaml"))
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             if override.key_or_group in groups():
-                raise ConfigError(override.key_or_group, "a group cannot be chosen anew for a run that exists", "set single keys, or start from the recipe")
+                raise ConfigError(
+                    override.key_or_group,
+                    "a group cannot be chosen anew for a run that exists",
+                    "set single keys, or start from the recipe",
+                )
             OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise translate(error) from error

@@ -9,7 +9,7 @@ are computed once a micro-batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,8 +38,7 @@ class Tree:
     block_padding: Bool[Tensor, " blocked"]
 
     def to(self, device: torch.device) -> Tree:
-        moved = {n: v.to(device) if isinstance(v := getattr(self, n), Tensor) else v for n in self.__slots__}
-        return Tree(**moved)
+        return replace(self, **{n: v.to(device) for n in self.__slots__ if isinstance(v := getattr(self, n), Tensor)})  # type: ignore[arg-type]
 
 
 def build_tree(prefix: int, prompts: list[int], completions: list[list[int]]) -> Tree:
@@ -155,8 +154,14 @@ class _Rearrange(torch.autograd.Function):
 
 
 def attention_forward(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    tree: Tree | None = None, **kwargs: Any,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    tree: Tree | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; ``tree`` travels through the model's keyword arguments, and there is no mask to make."""
     if tree is None:

@@ -26,7 +26,6 @@ _ENVIRONMENT = {  # read while vLLM is imported; what the user has set stays
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
     "VLLM_LOGGING_LEVEL": "ERROR",  # every start on a CPU warns of triton and tcmalloc
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CONFIGURE_LOGGING": "1",
 }
 _CPU_ARGUMENTS: Mapping[str, Any] = {
     "logits_processors": ["grpo.rollouts.counter_sampler:CounterSampler"],

@@ -28,6 +28,7 @@ FILES = {
     "no_reward_group.yaml": "defaults: [schema, {algo: grpo}, {model: tiny}, {data: sums}, _self_]\n",
     "typo.yaml": "defaults: [schema, {algo: grpo}, {model: tiny}, {data: sums}, {reward: r1_rules}, _self_]\nrun: {stepps: 1}\n",
     "bad_choice.yaml": "defaults: [schema, {algo: gpro}, _self_]\n",
+    "type.yaml": "defaults: [schema, {algo: grpo}, {model: tiny}, {data: sums}, {reward: r1_rules}, _self_]\nrun: {steps: many}\n",
     "not_yaml.yaml": "defaults: [schema\nrun: {{",
     "train.jsonl": '{"question": "1 + 1", "answer": "2"}\n{"question": "2 + 2", "answer": "4"}\n',
     "test.jsonl": '{"question": "2 + 2", "answer": "4"}\n',
@@ -75,6 +76,7 @@ BUILT_IN = "r1_zero_arithmetic"
         pytest.param(["no_schema.yaml"], "defaults", "put `- schema` first", id="no schema"),
         pytest.param(["no_reward_group.yaml", "reward=r1_rules"], "reward", "add `- reward: CHOICE`", id="group the recipe lacks"),
         pytest.param(["typo.yaml"], "run.stepps", "did you mean 'run.steps'?", id="typo in a YAML"),
+        pytest.param(["type.yaml"], "run.steps", "'many'", id="wrong type in a YAML"),
         pytest.param(["bad_choice.yaml"], "algo", "dr_grpo, grpo", id="unknown choice in a YAML"),
         pytest.param(["not_yaml.yaml"], "recipe", "not_yaml.yaml", id="not YAML"),
     ],
@@ -154,7 +156,7 @@ def test_a_users_recipe_from_outside_the_repository(tmp_path: Path, monkeypatch:
     config = load_recipe("sub/mine.yaml", "optim.lr=0.5")
     assert (config.run.recipe, config.run.steps, config.optim.lr) == ("mine", 7, 0.5)
     assert config.algo.advantage["fn"] == "grpo.advantages.leave_one_out"
-    assert config.data.problems == {"fn": "grpo.data.sums", "terms": 2, "low": 1, "high": 20, "heldout": 20}
+    assert config.data.problems.items() >= {"fn": "grpo.data.sums", "terms": 2, "heldout": 20}.items()
     plan(config)
 
 
