@@ -91,8 +91,26 @@ def plan(config: Config) -> Plan:
         rewards=parse_reward_config(config.reward),
         problems=resolve(config.data.problems, "data.problems", positional=1, provided=("seed",)),
     )
+    check_engine(config)
     check_model(config.model.path, revision=config.model.revision)
     return made
+
+
+def scripted_answer(config: Config) -> FunctionRef | None:
+    """The user's rule for the scripted engine, ``rollout.engine_args.answer=file.py:function``, called as fn(prompt, index, seed)."""
+    arguments = dict(config.rollout.engine_args)
+    answer = arguments.pop("answer", None)
+    if arguments:
+        raise ConfigError(f"rollout.engine_args.{next(iter(arguments))}", "means nothing to the scripted engine", "it takes answer alone")
+    return resolve({"fn": answer}, "rollout.engine_args.answer", positional=3) if answer else None
+
+
+def check_engine(config: Config) -> None:
+    """Arguments of the engines that can be asked without loading anything; vLLM checks its own when it starts."""
+    if config.rollout.engine is EngineName.scripted:
+        scripted_answer(config)
+    elif config.rollout.engine is EngineName.hf:
+        resolve({"fn": "grpo.rollouts.hf.HFEngine", **config.rollout.engine_args}, "rollout.engine_args", positional=None)
 
 
 def problems(plan: Plan, split: str, chat: Callable[[str], str] | None = None) -> list[Problem]:
@@ -171,7 +189,8 @@ def make_engine(config: Config, folder: str, tokenizer: Any, where: Machine, sta
     if rollout.engine is EngineName.scripted:
         from grpo.rollouts.scripted import ScriptedEngine
 
-        return stack.enter_context(_closing(ScriptedEngine(tokenizer, **rollout.engine_args)))
+        answer = scripted_answer(config)
+        return stack.enter_context(_closing(ScriptedEngine(tokenizer, **({"answer": answer.load()} if answer else {}))))
     if rollout.engine is EngineName.hf:
         from grpo.rollouts.hf import HFEngine
 
