@@ -214,7 +214,7 @@ def make_engine(config: Config, folder: str, tokenizer: Any, where: Machine, sta
             "seed": config.run.seed,
             "revision": model.revision,
             "trust_remote_code": model.trust_remote_code,
-            "engine_args": dict(rollout.engine_args),
+            "engine_args": ({"tensor_parallel_size": rollout.gpus_per_engine} if rollout.gpus_per_engine > 1 else {}) | rollout.engine_args,
         },
     )
     return stack.enter_context(_closing(pool))

@@ -49,7 +49,7 @@ class WandbMode(StrEnum):
 
 
 def doc(text: str, default: Any = None, factory: Any = None) -> Any:
-    """A field with its meaning attached, for ``grpo recipes show`` and ``docs/configuration.md``."""
+    """A field with its meaning attached, for ``grpo recipes show``."""
     if factory is not None:
         return field(default_factory=factory, metadata={"doc": text})
     return field(default=default, metadata={"doc": text})

@@ -39,6 +39,10 @@ def sums(split: str, *, seed: int = 0, terms: int = 3, low: int = 1, high: int =
         numbers = tuple(rng.randint(low, high) for _ in range(terms))
         if (_share(numbers) < share) == (split == "heldout"):
             rows.setdefault(numbers, {"question": " + ".join(map(str, numbers)), "answer": str(sum(numbers))})
+    if split == "heldout" and len(rows) < heldout:
+        raise ConfigError(
+            "data.problems.heldout", f"only {len(rows)} of {heldout} sums can be held out", "raise high or terms, or lower heldout"
+        )
     return list(rows.values())
 
 
@@ -53,17 +57,21 @@ def jsonl(split: str, *, train: str, heldout: str, seed: int = 0, limit: int = 0
     key, path = f"data.problems.{split}", Path({"train": train, "heldout": heldout}[split]).expanduser()
     if not path.is_file():
         raise ConfigError(key, f"the file {str(path)!r} does not exist (looked in {Path.cwd()})", "check the path")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(key, f"{path} is not UTF-8: {error}", "save it as UTF-8") from error
     rows: list[Row] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ConfigError(key, f"{path}, line {number} is not JSON: {error}", "correct the line, or take it out") from error
             if not isinstance(row, dict):
-                raise ConfigError(key, f"{path}, line {number} is a {type(row).__name__}, not an object", 'write one {"column": value, …} a line')
+                raise ConfigError(
+                    key, f"{path}, line {number} is a {type(row).__name__}, not an object", 'write one {"column": value, …} a line'
+                )
             rows.append(row)
     return rows[:limit] if limit else rows
 

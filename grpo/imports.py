@@ -85,7 +85,9 @@ def resolve(settings: Mapping[str, Any], key: str, positional: int | None, provi
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}.fn", f"cannot load {target!r}: {error}", "give an import path or `file.py:function`") from error
     except Exception as error:
-        raise ConfigError(f"{key}.fn", f"{target!r} failed while it was imported: {type(error).__name__}: {error}", "correct the file") from error
+        raise ConfigError(
+            f"{key}.fn", f"{target!r} failed while it was imported: {type(error).__name__}: {error}", "correct the file"
+        ) from error
     _check_signature(function, arguments, key, target, positional, provided)
     if ref.source is not None:  # the path must mean the same from any working directory
         path, _, name = target.rpartition(":")

@@ -147,7 +147,8 @@ class HFPolicy:
             computed += sum(len(r.completion.token_ids) for r in part.rollouts)
             parts.append(output.stats)
         metrics = {"policy/loss": total_loss, "policy/trained_rollouts": float(len(trained.rollouts))}
-        metrics |= self._step() if trained.rollouts else {"policy/grad_norm": 0.0, "policy/lr": 0.0}
+        if trained.rollouts:
+            metrics |= self._step()
         for name, stat in merge(parts).items():
             metrics[name] = stat.mean
             if name in ("sampler/logprob_diff", "policy/ratio"):

@@ -96,7 +96,9 @@ def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise translate(error) from error
     except YAMLError as error:
-        raise ConfigError("recipe", f"{recipe} or a file it names is not YAML: {' '.join(str(error).split())}", "correct the file") from error
+        raise ConfigError(
+            "recipe", f"{recipe} or a file it names is not YAML: {' '.join(str(error).split())}", "correct the file"
+        ) from error
     if not composed.run.recipe:
         composed.run.recipe = name
     return composed

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from grpo.rewards.base import combine
 from grpo.rollouts.base import Engine, Progress
 from grpo.types import Completion, Group, Problem, Request, Rollout, Sampling, Score
 
@@ -64,14 +64,9 @@ class Collector:
         rollouts: dict[str, list[Rollout]] = defaultdict(list)
         for completion, parts in zip(completions, scores, strict=True):
             rollouts[completion.problem_id].append(
-                Rollout(problem=by_id[completion.problem_id], completion=completion, scores=parts, reward=total(parts, self.weights))
+                Rollout(problem=by_id[completion.problem_id], completion=completion, scores=parts, reward=combine(parts, self.weights))
             )
         return tuple(Group(problem=problem, rollouts=tuple(rollouts[problem.id])) for problem in problems)
-
-
-def total(scores: Mapping[str, Score], weights: Mapping[str, float]) -> float:
-    """Σ weight · score; NaN – unscored – if a part that counts could not be scored. A part of weight 0 is only watched."""
-    return math.fsum(weight * scores[name].value for name, weight in weights.items() if weight != 0)
 
 
 def request_seed(seed: int, step: int, problem_id: str) -> int:
