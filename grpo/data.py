@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,25 @@ def sums(split: str, *, seed: int = 0, terms: int = 3, low: int = 1, high: int =
             "data.problems.heldout", f"only {len(rows)} of {heldout} sums can be held out", "raise high or terms, or lower heldout"
         )
     return list(rows.values())
+
+
+def largest(split: str, *, seed: int = 0, terms: int = 3, share: float = 0.2, per_answer: int = 40) -> list[Row]:
+    """``terms`` digits; the answer is the largest. ``share`` of them is held out, whatever their order.
+
+    At most ``per_answer`` rows have the same answer: of all triples 27 % have a 9, and a policy that knows 6 to 9 is right in 78 % of
+    them and stops trying.
+    """
+    if not (terms >= 1 and 0 < share < 1 and per_answer >= 1):
+        raise ConfigError("data.problems", f"terms={terms}, share={share}, per_answer={per_answer}", "use terms ≥ 1, 0 < share < 1, per_answer ≥ 1")
+    every = [digits for digits in itertools.product(range(10), repeat=terms) if (_share(digits) < share) == (split == "heldout")]
+    random.Random(f"largest/{split}/{seed}" if split == "train" else "largest/heldout").shuffle(every)
+    count: Counter[int] = Counter()
+    rows: list[Row] = []
+    for digits in every:
+        if count[max(digits)] < per_answer:
+            count[max(digits)] += 1
+            rows.append({"question": ",".join(map(str, digits)), "answer": str(max(digits))})
+    return rows
 
 
 def _share(numbers: tuple[int, ...]) -> float:

@@ -46,7 +46,7 @@ def test_sums_hold_out_every_order_of_a_sum(terms: int, low: int, width: int, sh
         test = sums("heldout", seed=seeds[1], **settings)
         train = sums("train", seed=seeds[0], **settings)
     except ConfigError as error:
-        assert space < 1000 and error.key == "data.problems.heldout", "only a small space may have too few sums to hold out"
+        assert error.key == "data.problems.heldout" and space < 10_000, "a small space may have too few sums to hold out; it says so"
         return
     assert len(test) == heldout
     assert not {terms_of(row) for row in train} & {terms_of(row) for row in test}
@@ -56,6 +56,12 @@ def test_sums_hold_out_every_order_of_a_sum(terms: int, low: int, width: int, sh
         assert row["answer"] == str(sum(numbers))
     for rows in (train, test):
         assert len({row["question"] for row in rows}) == len(rows), "no row twice"
+
+
+@pytest.mark.parametrize("settings", [{}, {"high": 20, "heldout": 200}, {"terms": 2, "high": 99, "heldout": 500}, {"terms": 5}])
+def test_usual_sums_are_as_many_as_asked_for(settings: dict[str, Any]) -> None:
+    assert len(sums("heldout", **settings)) == settings.get("heldout", 120)
+    assert len(sums("train", **settings, size=300)) == 300
 
 
 def test_sums_are_the_same_every_time_and_heldout_for_every_seed() -> None:
