@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from grpo import checkpoint
+from grpo.card import objective_card
 from grpo.config import Config, ConfigError, EngineName, Layout, Precision, WandbMode, validate
 from grpo.console import ConsoleLogger
 from grpo.data import ProblemSource, PromptFormat, check_disjoint, load_problems
@@ -62,6 +63,16 @@ class Plan:
             kl_coef=self.kl_coef,
             entropy_coef=self.config.algo.entropy_coef,
         )
+
+    @property
+    def components(self) -> dict[str, FunctionRef | None]:
+        return {
+            "Advantage": self.advantage,
+            "Objective": self.objective,
+            "Sampler correction": self.correction,
+            "KL": self.kl,
+            "Aggregation": self.aggregation,
+        }
 
     @property
     def reward_weights(self) -> dict[str, float]:
@@ -323,7 +334,7 @@ def train(config: Config) -> Result:
     resumed_from = checkpoint.last_step(run) if config.run.resume else None
     run.write_config(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
     run.write_environment()
-    run.write_objective(objective_card(checked))
+    run.write_objective(objective_card(config, checked.components, checked.rewards, checked.kl_coef))
     logger, failed = make_logger(config), True
     with StopSignal() as stop, ExitStack() as stack:
         logger.start(plain(config), run, resumed_from)
@@ -428,39 +439,3 @@ def evaluate(config: Config, folder: str, samples: int | None = None) -> tuple[d
         )
         groups = collector.collect(heldout, 0)
     return eval_metrics(groups, config.eval.metric), groups
-
-
-def objective_card(checked: Plan) -> str:
-    """What is trained, in the words of the functions themselves, and the arithmetic of a batch."""
-    config = checked.config
-    r, updates = config.rollout, config.optim.updates_per_step
-    parts = {
-        "Advantage": checked.advantage,
-        "Objective": checked.objective,
-        "Sampler correction": checked.correction,
-        "KL": checked.kl,
-        "Aggregation": checked.aggregation,
-    }
-    lines = [
-        "# The objective of this run",
-        "",
-        "L = −Agg( w · J(ρ, A) )" + (f" + {checked.kl_coef:g} · Agg( KL )" if checked.kl else ""),
-        "",
-    ]
-    if config.algo.entropy_coef:
-        lines[2] += f" − {config.algo.entropy_coef:g} · Agg( H )"
-    for name, ref in parts.items():
-        if ref is None:
-            lines.append(f"- **{name}**: none")
-            continue
-        settings = ", ".join(f"{key} = {value}" for key, value in ref.kwargs.items())
-        text = " ".join((ref._function().__doc__ or "(no docstring)").strip().split("\n\n")[0].split())
-        lines.append(f"- **{name}** `{ref.target}`" + (f" ({settings})" if settings else "") + f": {text}")
-    lines += ["- **Reward**: " + " + ".join(f"{p.weight:g} · {p.name}" for p in checked.rewards), ""]
-    total = r.problems_per_step * r.completions_per_problem
-    lines.append(
-        f"{total} completions a step = {r.problems_per_step} problems × {r.completions_per_problem}; {updates} optimiser update(s) a step."
-    )
-    if updates == 1:
-        lines.append("With one update a step policy / proximal is exactly 1: nothing is clipped, and a loss near 0 is normal.")
-    return "\n".join(lines) + "\n"

@@ -34,10 +34,11 @@ class FunctionRef:
         Raises:
             Exception: whatever the user's file raises while it is executed.
         """
-        function = self._function()
+        function = self.function()
         return functools.partial(function, **self.kwargs) if self.kwargs else function
 
-    def _function(self) -> Callable[..., Any]:
+    def function(self) -> Callable[..., Any]:
+        """The function itself, its arguments not yet fixed."""
         if self.source is None:
             module_name, _, name = self.target.rpartition(".")
             return getattr(importlib.import_module(module_name), name)
@@ -81,7 +82,7 @@ def resolve(settings: Mapping[str, Any], key: str, positional: int | None, provi
         raise ConfigError(f"{key}.fn", "is missing", "give an import path or `file.py:function`")
     ref = FunctionRef(target=target, source=_read_source(target, f"{key}.fn"), kwargs=arguments)
     try:
-        function = ref._function()
+        function = ref.function()
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}.fn", f"cannot load {target!r}: {error}", "give an import path or `file.py:function`") from error
     except Exception as error:
