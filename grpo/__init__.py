@@ -33,4 +33,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'grpo' has no attribute {name!r}")
     from importlib import import_module
 
+    from grpo.environment import prepare_process
+
+    prepare_process()
     return getattr(import_module(_HOMES[name]), name)

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from grpo import checkpoint
+from grpo.batch import Batch, Totals
 from grpo.card import objective_card
 from grpo.config import Config, ConfigError, EngineName, Layout, Precision, WandbMode, validate
 from grpo.console import ConsoleLogger
@@ -25,7 +26,7 @@ from grpo.data import ProblemSource, PromptFormat, check_disjoint, load_problems
 from grpo.imports import FunctionRef, resolve
 from grpo.interrupt import StopSignal
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
-from grpo.losses import Loss
+from grpo.losses import Loss, TokenScores
 from grpo.metrics import eval_metrics, headline
 from grpo.models import check_model, resolve_model
 from grpo.policy import HFPolicy, OptimSettings
@@ -103,8 +104,32 @@ def plan(config: Config) -> Plan:
         problems=resolve(config.data.problems, "data.problems", positional=1, provided=("seed",)),
     )
     check_engine(config)
+    try_loss(made)
     check_model(config.model.path, revision=config.model.revision)
     return made
+
+
+def try_loss(made: Plan) -> None:
+    """The objective on two toy tokens: an argument of the wrong type shows now, not after the first rollouts."""
+    import torch
+
+    one = torch.ones(2)
+    batch = Batch(
+        rollouts=(),
+        behavior_logprobs=-one,
+        rollout_index=torch.tensor([0, 1]),
+        group_index=torch.tensor([0, 0]),
+        group_num_tokens=torch.tensor([2]),
+        rewards=torch.tensor([0.0, 1.0]),
+        totals=Totals(tokens=2, rollouts=2, groups=1),
+        reference_logprobs=-one,
+    )
+    try:
+        made.loss()(TokenScores(logprobs=-one, entropy=one), batch.with_advantages(made.advantage.load()))
+    except Exception as error:
+        raise ConfigError(
+            "algo", f"its loss cannot be computed: {type(error).__name__}: {error}", "check the arguments under algo"
+        ) from error
 
 
 def scripted_answer(config: Config) -> FunctionRef | None:
@@ -126,7 +151,14 @@ def check_engine(config: Config) -> None:
 
 def problems(plan: Plan, split: str, chat: Callable[[str], str] | None = None) -> list[Problem]:
     data = plan.config.data
-    rows = plan.problems.load()(split, seed=plan.config.run.seed)
+    try:
+        rows = plan.problems.load()(split, seed=plan.config.run.seed)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            "data.problems", f"{plan.problems.target} failed: {type(error).__name__}: {error}", "check its arguments"
+        ) from error
     prompt_format = PromptFormat(template=data.template, prompt_key=data.prompt_key, answer_key=data.answer_key, chat=chat)
     found = load_problems(rows, split, prompt_format)
     check_gold(found, plan.rewards)
@@ -164,6 +196,11 @@ def machine(config: Config) -> Machine:
     device = config.trainer.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("trainer.device", f"is {device!r}, but torch sees no GPU here", "set it to auto or cpu")
+    gpus = config.rollout.num_engines * config.rollout.gpus_per_engine
+    if gpus > torch.cuda.device_count() and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError("rollout.gpus_per_engine", f"asks for {gpus} GPUs, but torch sees {torch.cuda.device_count()}", "lower it")
     wanted = config.model.precision
     fast_bf16 = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     bf16 = wanted is Precision.bf16 or (wanted is Precision.auto and fast_bf16)
@@ -321,6 +358,24 @@ class Result:
         return self.run.read_metrics()
 
 
+def anchor(checked: Plan) -> None:
+    """Write absolute paths of the user's files into the configuration, so that a run can be gone on with from anywhere."""
+    algo = checked.config.algo
+    nodes = {
+        "advantage": algo.advantage,
+        "objective": algo.objective,
+        "aggregation": algo.aggregation,
+        "correction": algo.correction,
+        "kl": algo.kl,
+    }
+    for name, node in nodes.items():
+        if ref := getattr(checked, name):
+            node["fn"] = ref.target
+    checked.config.data.problems["fn"] = checked.problems.target
+    for part in checked.rewards:
+        checked.config.reward[part.name]["fn"] = part.ref.target
+
+
 def train(config: Config) -> Result:
     """Run an experiment from its configuration to its report.
 
@@ -329,9 +384,11 @@ def train(config: Config) -> Result:
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
     """
     checked = plan(config)
+    machine(config)
     early = None if config.data.chat else _both_splits(checked)  # a chat template needs the tokenizer, hence the model
     run = RunFolder.create(Path(config.run.dir), config.run.recipe or "run", config.run.name, resume=config.run.resume)
     resumed_from = checkpoint.last_step(run) if config.run.resume else None
+    anchor(checked)
     run.write_config(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
     run.write_environment()
     run.write_objective(objective_card(config, checked.components, checked.rewards, checked.kl_coef))
@@ -347,8 +404,10 @@ def train(config: Config) -> Result:
             failed = False
         finally:
             rows = run.read_metrics()
-            write_report(run)
-            logger.finish({"headline": headline(rows)}, failed=failed)
+            try:
+                write_report(run)
+            finally:
+                logger.finish({"headline": headline(rows)}, failed=failed)
     return Result(run=run, headline=headline(rows))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import Config, ConfigError, keys
+from grpo.environment import prepare_process
 from grpo.interrupt import Interrupted
 
 EPILOG = """\
@@ -27,6 +28,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit status: 0 done, 1 a setting or the machine is wrong, 130 interrupted (what is done is saved)."""
+    prepare_process()
     options, behind = (top := parser()).parse_known_args(argv)
     if behind and (not hasattr(options, "overrides") or any(word.startswith("-") for word in behind)):
         top.error(f"unrecognized arguments: {' '.join(behind)}")
@@ -39,11 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"grpo: {error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt):
-        print(
-            "grpo: stopped. What is done is saved; `grpo train <run folder>` goes on from there.",
-            file=sys.stderr,
-        )
+        print("grpo: stopped; `grpo train <run folder>` goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
+    except (OSError, RuntimeError, ValueError) as error:
+        if os.environ.get("GRPO_TRACEBACK"):
+            raise
+        print(f"grpo: {error}\n  (GRPO_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,7 +106,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _run(config: Config) -> None:
-    _prepare_process(config)
+    _check_machine(config)
     from grpo.build import train
 
     result = train(config)
@@ -135,16 +139,21 @@ def _eval(options: argparse.Namespace) -> int:
         config = load_run(run_folder, options.overrides)
     else:
         config = load_recipe(options.recipe or "r1_zero_arithmetic", *options.overrides)
+    config.model.path, config.model.revision = str(folder), None
+    if not config.eval.problems:
+        raise ConfigError("eval.problems", "is 0, so there is nothing to score", "set it to 1 or more")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.touch()  # a path that cannot be written is known now, not after the evaluation
     if options.samples is not None:
         if options.samples < 1:
             raise ConfigError("--samples", f"is {options.samples}", "give 1 or more")
         config.eval.samples = options.samples
-    _prepare_process(config)
+    _check_machine(config)
     from grpo.build import evaluate
 
     metrics, groups = evaluate(config, str(folder))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("w", encoding="utf-8") as lines:
             for rollout in (r for g in groups for r in g.rollouts):
                 scores = {name: score.value for name, score in rollout.scores.items()}
@@ -189,18 +198,14 @@ def _recipes(options: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare_process(config: Config) -> None:
-    """What must be set before torch is loaded: threads that wait without spinning, since the engine works on the same cores."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: a tenth of the page faults of an update
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+def _check_machine(config: Config) -> None:
+    """Stop for what cannot work here, say what is only worth knowing."""
     from grpo.environment import check_environment
 
-    for warning in check_environment(str(config.rollout.engine)):
-        print(f"grpo: {warning}", file=sys.stderr)
+    for problem in check_environment(str(config.rollout.engine)):
+        if not problem.startswith("note:"):
+            raise ConfigError("environment", problem)
+        print(f"grpo: {problem}", file=sys.stderr)
 
 
 if __name__ == "__main__":

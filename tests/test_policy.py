@@ -311,3 +311,12 @@ def test_temperature_scales_the_scores() -> None:
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([single.prompt_ids])).logits[0, -1]
     assert float(cold.logprobs[0]) == pytest.approx(float((logits / 0.5).log_softmax(-1)[single.token_ids[0]]), abs=1e-5)
+
+
+def test_a_model_that_scales_its_logits_is_refused() -> None:
+    """Granite divides its logits by 8 after the head: log-probs from hidden states and head alone would be another model's."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
+    with pytest.raises(ValueError, match="changes its logits after its output head"):
+        HFPolicy(GraniteForCausalLM(GraniteConfig(**settings, vocab_size=40, logits_scaling=8.0)), OptimSettings())

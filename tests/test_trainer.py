@@ -26,7 +26,7 @@ from grpo.interrupt import Interrupted, StopSignal
 from grpo.recipe import load_recipe, load_run
 from grpo.rollouts.hf import HFEngine
 from grpo.run import RunFolder
-from grpo.trainer import Trainer, mean_metrics
+from grpo.trainer import Trainer, merge_metrics
 
 # A random model never adds up, but it can write digits: a reward that tells its completions apart from the first step.
 REWARDS = '''
@@ -216,10 +216,10 @@ def test_an_interrupted_generation_leaves_the_last_step_and_its_problems(recipe:
 def test_a_step_whose_evaluation_is_interrupted_is_on_record(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = Trainer.evaluate
 
-    def stopping(self: Trainer, step: int) -> Any:
-        if step == 2:
+    def stopping(self: Trainer, stop: StopSignal) -> Any:
+        if self.step == 2:
             raise Interrupted
-        return evaluate(self, step)
+        return evaluate(self, stop)
 
     monkeypatch.setattr(Trainer, "evaluate", stopping)
     with pytest.raises(Interrupted):
@@ -227,6 +227,39 @@ def test_a_step_whose_evaluation_is_interrupted_is_on_record(recipe: str, monkey
     cut = RunFolder.open(Path(recipe).parent / "runs" / "digits" / "cut")
     assert checkpoint.steps(cut) == [2]
     assert [row["step"] for row in cut.read_metrics()] == [0, 1, 2]
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    run_recipe(recipe, "run.name=cut", "run.resume=true")  # makes up for it, then does the step that is left
+    assert [row["step"] for row in cut.read_metrics() if "eval/pass@1" in row] == [0, 2, 3]
+
+
+def test_what_fails_in_an_evaluation_costs_no_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = Trainer.evaluate
+
+    def failing(self: Trainer, stop: StopSignal) -> Any:
+        if self.step == 2:
+            raise RuntimeError("engine 0 of 1 died")
+        return evaluate(self, stop)
+
+    monkeypatch.setattr(Trainer, "evaluate", failing)
+    with pytest.raises(RuntimeError, match="engine 0 of 1 died"):
+        run_recipe(recipe, "run.name=died", "run.checkpoint_every=0")
+    assert checkpoint.steps(RunFolder.open(Path(recipe).parent / "runs" / "digits" / "died")) == [2]
+
+
+def test_an_update_cut_in_two_is_not_saved(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C stops at once, even inside an optimiser step: what is saved then must be the step before, or nothing."""
+    update = Trainer.update
+
+    def half(self: Trainer, minibatch: Any) -> Any:
+        done = update(self, minibatch)
+        if self.step == 1:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(Trainer, "update", half)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, "run.name=half", "run.checkpoint_every=1")
+    assert checkpoint.steps(RunFolder.open(Path(recipe).parent / "runs" / "digits" / "half")) == [1]
 
 
 def test_stop_signal_waits_for_the_step_and_cuts_off_a_rollout() -> None:
@@ -330,4 +363,4 @@ def test_the_scripted_engine_runs_too(recipe: str) -> None:
 def test_updates_without_a_metric_do_not_count_in_its_mean() -> None:
     """A minibatch without signal has no ratio: it must not pull the mean to zero."""
     updates = [{"policy/ratio": 1.0, "policy/grad_norm": 3.0}, {"policy/grad_norm": 0.0}]
-    assert mean_metrics(updates) == {"policy/ratio": 1.0, "policy/grad_norm": 1.5}
+    assert merge_metrics(updates) == {"policy/ratio": 1.0, "policy/grad_norm": 1.5}
