@@ -129,7 +129,8 @@ class HFPolicy:
         return hook
 
     def score(self, batch: Batch) -> TokenScores:
-        logprobs, entropy = torch.zeros(batch.num_tokens), torch.zeros(batch.num_tokens)
+        dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
+        logprobs, entropy = torch.zeros(batch.num_tokens, dtype=dtype), torch.zeros(batch.num_tokens, dtype=dtype)
         starts = torch.searchsorted(batch.rollout_index, torch.arange(len(batch.rollouts) + 1))
         with torch.no_grad():
             for part_rows in layouts.microbatches(batch, self.shared_prompt, self.tokens_per_microbatch):

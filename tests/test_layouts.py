@@ -101,11 +101,19 @@ def oracle(model: Any, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]
     return logprob.detach(), entropy.detach(), dict(zip(dict(model.named_parameters()), grads, strict=True))
 
 
-def ours(model: Any, batch: Batch, shared: bool, budget: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def ours(
+    model: Any, batch: Batch, shared: bool, budget: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The same by the policy. One step of plain SGD at rate 1 takes away exactly the gradient."""
     optim = OptimSettings(name="sgd", lr=1.0, max_grad_norm=0.0)
     policy = HFPolicy(
-        copy.deepcopy(model), optim, temperature=TEMPERATURE, shared_prompt=shared, tokens_per_microbatch=budget, logprob_chunk=5
+        copy.deepcopy(model),
+        optim,
+        dtype=dtype,
+        temperature=TEMPERATURE,
+        shared_prompt=shared,
+        tokens_per_microbatch=budget,
+        logprob_chunk=5,
     )
     scores = policy.score(batch)
     before = {name: weight.clone() for name, weight in policy.weights().items()}
@@ -138,8 +146,10 @@ some_shapes = st.lists(st.tuples(st.integers(1, 12), st.lists(st.integers(1, 8),
 @settings(max_examples=25)
 @given(some_shapes, st.sampled_from(sorted(PROMPTS)), st.integers(1, 120), st.integers(0, 10**6))
 def test_shared_prompt_equals_padded_on_any_batch(shapes: list[tuple[int, list[int]]], prompts: str, budget: int, seed: int) -> None:
+    """In float64: an unlucky batch of one short completion has gradients whose fp32 rounding alone is 1e-5."""
     model, batch = toy("Llama"), make_batch(shapes, seed, prompts)
-    assert worst(ours(model, batch, True, budget), ours(model, batch, False, 10_000)) < 1e-5
+    mine, true = (ours(model, batch, shared, tokens, torch.float64) for shared, tokens in ((True, budget), (False, 10_000)))
+    assert worst(mine, true) < 5e-6  # the norms and the masters are fp32 whatever the rest is
 
 
 def test_the_comparison_would_see_a_completion_that_sees_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -317,7 +317,7 @@ def test_a_signal_saves_what_is_done_and_leaves_no_process(recipe: str, tmp_path
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    assert "grpo: stopped. What is done is saved" in errors and "Traceback" not in errors
+    assert "grpo: stopped; `grpo train" in errors and "Traceback" not in errors
     left = {child for child in family if Path(f"/proc/{child}/stat").exists()}
     assert left == set()
     run = RunFolder.open(metrics.parent)
