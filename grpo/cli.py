@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt):
         print("grpo: stopped; `grpo train <run folder>` goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (OSError, RuntimeError, ValueError) as error:
         if os.environ.get("GRPO_TRACEBACK"):
             raise

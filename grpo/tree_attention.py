@@ -2,8 +2,8 @@
 
 A dense mask over [prompt | completion 1 | … | completion n] costs the square of the row, most of it between completions that
 must not see each other. Here the parts that count are computed alone – everything with the prefix, a row with its prompt, each
-completion with itself – and joined under one softmax. On a CPU that is several times as fast as SDPA with a dense mask
-(``benchmarks/attention.py``), it needs no mask of the square of the row, and worked examples that stand before every question
+completion with itself – and joined under one softmax. ``benchmarks/attention.py`` compares it with
+SDPA under a dense mask. It needs no mask of the square of the row, and worked examples that stand before every question
 are computed once a micro-batch.
 """
 
