@@ -36,6 +36,7 @@ class Batch:
     group_num_tokens: Int[Tensor, " groups"]  # of the whole groups, also when this batch holds a part of one
     rewards: Float[Tensor, " rollouts"]
     totals: Totals
+    part_rewards: Float[Tensor, "rollouts parts"] | None = None  # before weighting; for advantages that are taken part by part
     advantages: Float[Tensor, " tokens"] | None = None
     proximal_logprobs: Float[Tensor, " tokens"] | None = None  # None: the policy itself, detached
     reference_logprobs: Float[Tensor, " tokens"] | None = None
@@ -47,6 +48,13 @@ class Batch:
     def with_advantages(self, advantage: Callable[..., Tensor]) -> Batch:
         """``advantage(rewards [rollouts], group_index [rollouts]) -> [rollouts]``, spread over each rollout's tokens."""
         return replace(self, advantages=advantage(self.rewards, self.group_index)[self.rollout_index])
+
+    def without_truncated(self) -> Batch:
+        """Without the completions that the token limit cut off, by the engine's finish reason. They leave the totals as well."""
+        batch = self.select([i for i, rollout in enumerate(self.rollouts) if not rollout.completion.truncated])
+        lengths = torch.bincount(batch.group_index[batch.rollout_index], minlength=len(self.group_num_tokens))
+        totals = Totals(tokens=batch.num_tokens, rollouts=len(batch.rollouts), groups=len(batch.group_index.unique()))
+        return replace(batch, group_num_tokens=lengths, totals=totals)
 
     def select(self, keep: Sequence[int]) -> Batch:
         """The rollouts at positions ``keep``, in that order, under unchanged totals and group numbers."""
@@ -67,6 +75,7 @@ class Batch:
             rollout_index=torch.repeat_interleave(torch.arange(len(lengths)), lengths),
             group_index=self.group_index[rows],
             rewards=self.rewards[rows],
+            part_rewards=None if self.part_rewards is None else self.part_rewards[rows],
             advantages=of(self.advantages),
             proximal_logprobs=of(self.proximal_logprobs),
             reference_logprobs=of(self.reference_logprobs),
@@ -89,8 +98,12 @@ class Batch:
             yield replace(batch, totals=Totals(tokens=batch.num_tokens, rollouts=len(batch.rollouts), groups=len(mine)))
 
 
-def collate(groups: Sequence[Group]) -> Batch:
-    """Flatten groups; a completion without tokens, or one that could not be scored, takes no part in the loss or its totals."""
+def collate(groups: Sequence[Group], parts: Sequence[str] = ()) -> Batch:
+    """Flatten groups; a completion without tokens, or one that could not be scored, takes no part in the loss or its totals.
+
+    Args:
+        parts: the reward parts whose values become ``part_rewards``, in this order.
+    """
     kept = [[r for r in group.rollouts if r.completion.token_ids and r.scored] for group in groups]
     kept = [rollouts for rollouts in kept if rollouts]
     rollouts = tuple(r for group in kept for r in group)
@@ -103,5 +116,6 @@ def collate(groups: Sequence[Group]) -> Batch:
         group_index=torch.repeat_interleave(torch.arange(len(kept)), torch.tensor([len(g) for g in kept], dtype=torch.long)),
         group_num_tokens=group_lengths,
         rewards=torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
+        part_rewards=torch.tensor([[r.scores[p].value for p in parts] for r in rollouts], dtype=torch.float64) if parts else None,
         totals=Totals(tokens=int(lengths.sum()), rollouts=len(rollouts), groups=len(kept)),
     )

@@ -1,7 +1,7 @@
-"""The composition root: configuration → objects. The only room that knows all others.
+"""The composition root: a checked configuration → objects, and a run from its start to its report.
 
-Everything that can be wrong is found before anything heavy starts, in this order: numbers, functions, data, model files; then
-the run folder, the engine and the model.
+Everything that can be wrong is found before anything heavy starts, in this order: numbers, functions, data, model files
+(``grpo.plan``); then the run folder, the engine and the model.
 """
 
 from __future__ import annotations
@@ -18,20 +18,17 @@ from typing import Any
 import yaml
 
 from grpo import checkpoint
-from grpo.batch import Batch, Totals
 from grpo.card import objective_card
-from grpo.config import Config, ConfigError, EngineName, Layout, Precision, WandbMode, validate
+from grpo.config import Config, ConfigError, EngineName, Layout, Precision, WandbMode
 from grpo.console import ConsoleLogger
-from grpo.data import ProblemSource, PromptFormat, check_disjoint, load_problems
-from grpo.imports import FunctionRef, resolve
+from grpo.data import ProblemSource
 from grpo.interrupt import StopSignal
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
-from grpo.losses import Loss, TokenScores
 from grpo.metrics import eval_metrics, headline
-from grpo.models import check_model, resolve_model
+from grpo.models import resolve_model
+from grpo.plan import Plan, anchor_paths, load_both_splits, load_split, plan, scripted_answer
 from grpo.policy import HFPolicy, OptimSettings
 from grpo.report import write_report
-from grpo.rewards.base import RewardPart, parse_reward_config
 from grpo.rewards.runtime import RewardRuntime
 from grpo.rollouts.collect import Collector
 from grpo.run import RunFolder
@@ -39,146 +36,6 @@ from grpo.trainer import Settings, Trainer
 from grpo.types import Group, Problem, Sampling
 
 EVAL_SEED = 20_250_122  # evaluations draw the same randomness in every run, so that two runs differ by their models alone
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A configuration that was checked: every function found and bound, every problem loaded, no model touched yet."""
-
-    config: Config
-    advantage: FunctionRef
-    objective: FunctionRef
-    aggregation: FunctionRef
-    correction: FunctionRef | None
-    kl: FunctionRef | None
-    kl_coef: float
-    rewards: tuple[RewardPart, ...]
-    problems: FunctionRef
-
-    def loss(self) -> Loss:
-        return Loss(
-            objective=self.objective.load(),
-            aggregate=self.aggregation.load(),
-            correct=self.correction.load() if self.correction else None,
-            kl=self.kl.load() if self.kl else None,
-            kl_coef=self.kl_coef,
-            entropy_coef=self.config.algo.entropy_coef,
-        )
-
-    @property
-    def components(self) -> dict[str, FunctionRef | None]:
-        return {
-            "Advantage": self.advantage,
-            "Objective": self.objective,
-            "Sampler correction": self.correction,
-            "KL": self.kl,
-            "Aggregation": self.aggregation,
-        }
-
-    @property
-    def reward_weights(self) -> dict[str, float]:
-        return {part.name: part.weight for part in self.rewards}
-
-
-def plan(config: Config) -> Plan:
-    """Check everything that needs no model.
-
-    Raises:
-        ConfigError: naming the key and the remedy.
-    """
-    validate(config)
-    algo = config.algo
-    kl = dict(algo.kl)
-    kl_coef = kl.pop("coef", 0.0)
-    if kl and not (isinstance(kl_coef, (int, float)) and kl_coef >= 0):
-        raise ConfigError("algo.kl.coef", f"is {kl_coef!r}", "give a number of 0 or more")
-    made = Plan(
-        config=config,
-        advantage=resolve(algo.advantage, "algo.advantage", positional=2),
-        objective=resolve(algo.objective, "algo.objective", positional=2),
-        aggregation=resolve(algo.aggregation, "algo.aggregation", positional=2),
-        correction=resolve(algo.correction, "algo.correction", positional=2) if algo.correction else None,
-        kl=resolve(kl, "algo.kl", positional=1) if kl else None,
-        kl_coef=float(kl_coef),
-        rewards=parse_reward_config(config.reward),
-        problems=resolve(config.data.problems, "data.problems", positional=1, provided=("seed",)),
-    )
-    check_engine(config)
-    try_loss(made)
-    check_model(config.model.path, revision=config.model.revision)
-    return made
-
-
-def try_loss(made: Plan) -> None:
-    """The objective on two toy tokens: an argument of the wrong type shows now, not after the first rollouts."""
-    import torch
-
-    one = torch.ones(2)
-    batch = Batch(
-        rollouts=(),
-        behavior_logprobs=-one,
-        rollout_index=torch.tensor([0, 1]),
-        group_index=torch.tensor([0, 0]),
-        group_num_tokens=torch.tensor([2]),
-        rewards=torch.tensor([0.0, 1.0]),
-        totals=Totals(tokens=2, rollouts=2, groups=1),
-        reference_logprobs=-one,
-    )
-    try:
-        made.loss()(TokenScores(logprobs=-one, entropy=one), batch.with_advantages(made.advantage.load()))
-    except Exception as error:
-        raise ConfigError(
-            "algo", f"its loss cannot be computed: {type(error).__name__}: {error}", "check the arguments under algo"
-        ) from error
-
-
-def scripted_answer(config: Config) -> FunctionRef | None:
-    """The user's rule for the scripted engine, ``rollout.engine_args.answer=file.py:function``, called as fn(prompt, index, seed)."""
-    arguments = dict(config.rollout.engine_args)
-    answer = arguments.pop("answer", None)
-    if arguments:
-        raise ConfigError(f"rollout.engine_args.{next(iter(arguments))}", "means nothing to the scripted engine", "it takes answer alone")
-    return resolve({"fn": answer}, "rollout.engine_args.answer", positional=3) if answer else None
-
-
-def check_engine(config: Config) -> None:
-    """Arguments of the engines that can be asked without loading anything; vLLM checks its own when it starts."""
-    if config.rollout.engine is EngineName.scripted:
-        scripted_answer(config)
-    elif config.rollout.engine is EngineName.hf:
-        resolve({"fn": "grpo.rollouts.hf.HFEngine", **config.rollout.engine_args}, "rollout.engine_args", positional=None)
-
-
-def problems(plan: Plan, split: str, chat: Callable[[str], str] | None = None) -> list[Problem]:
-    data = plan.config.data
-    try:
-        rows = plan.problems.load()(split, seed=plan.config.run.seed)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            "data.problems", f"{plan.problems.target} failed: {type(error).__name__}: {error}", "check its arguments"
-        ) from error
-    prompt_format = PromptFormat(template=data.template, prompt_key=data.prompt_key, answer_key=data.answer_key, chat=chat)
-    found = load_problems(rows, split, prompt_format)
-    check_gold(found, plan.rewards)
-    return found
-
-
-def check_gold(found: list[Problem], rewards: tuple[RewardPart, ...]) -> None:
-    """A gold answer that the math grader cannot read is an error now, not a silent 0 at step 3,000."""
-    from grpo.rewards import math
-
-    if not any(part.ref.target == "grpo.rewards.math.accuracy" for part in rewards):
-        return
-    unreadable = [(p.id, message) for p in found if (message := math.check_gold(p.answer))]
-    if unreadable:
-        shown = "; ".join(f"{name}: {message}" for name, message in unreadable[:5])
-        raise ConfigError(
-            "data.answer_key",
-            f"{len(unreadable)} of {len(found)} gold answers cannot be graded: {shown}",
-            "correct these rows, or use another reward",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,24 +215,6 @@ class Result:
         return self.run.read_metrics()
 
 
-def anchor(checked: Plan) -> None:
-    """Write absolute paths of the user's files into the configuration, so that a run can be gone on with from anywhere."""
-    algo = checked.config.algo
-    nodes = {
-        "advantage": algo.advantage,
-        "objective": algo.objective,
-        "aggregation": algo.aggregation,
-        "correction": algo.correction,
-        "kl": algo.kl,
-    }
-    for name, node in nodes.items():
-        if ref := getattr(checked, name):
-            node["fn"] = ref.target
-    checked.config.data.problems["fn"] = checked.problems.target
-    for part in checked.rewards:
-        checked.config.reward[part.name]["fn"] = part.ref.target
-
-
 def train(config: Config) -> Result:
     """Run an experiment from its configuration to its report.
 
@@ -385,13 +224,13 @@ def train(config: Config) -> Result:
     """
     checked = plan(config)
     machine(config)
-    early = None if config.data.chat else _both_splits(checked)  # a chat template needs the tokenizer, hence the model
+    early = None if config.data.chat else load_both_splits(checked)  # a chat template needs the tokenizer, hence the model
     run = RunFolder.create(Path(config.run.dir), config.run.recipe or "run", config.run.name, resume=config.run.resume)
     resumed_from = checkpoint.last_step(run) if config.run.resume else None
-    anchor(checked)
+    anchor_paths(checked)
     run.write_config(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
     run.write_environment()
-    run.write_objective(objective_card(config, checked.components, checked.rewards, checked.kl_coef))
+    run.write_objective(objective_card(checked))
     logger, failed = make_logger(config), True
     with StopSignal() as stop, ExitStack() as stack:
         logger.start(plain(config), run, resumed_from)
@@ -421,7 +260,7 @@ def assemble(
     folder = resolve_model(config.model.path, config.model.cache_dir, config.model.revision, notify=logger.phase)
     tokenizer = make_tokenizer(folder, config)
     chat = chat_format(tokenizer) if config.data.chat else None
-    train_problems, heldout = early or _both_splits(checked, chat)
+    train_problems, heldout = early or load_both_splits(checked, chat)
     logger.phase(f"starting {config.rollout.engine}")
     engine = make_engine(config, folder, tokenizer, where, stack, stop)
     runtime = stack.enter_context(RewardRuntime(checked.rewards))
@@ -455,6 +294,7 @@ def assemble(
             eval_every=config.eval.every,
             eval_metric=config.eval.metric,
             reference_refresh=config.algo.reference_refresh,
+            mask_truncated=config.algo.mask_truncated,
         ),
         run=run,
         policy=policy,
@@ -463,21 +303,12 @@ def assemble(
         evaluator=collector(eval_sampling(config), config.eval.samples, EVAL_SEED, "evaluating"),
         source=ProblemSource(train_problems, config.run.seed),
         heldout=heldout[: config.eval.problems],
-        advantage=checked.advantage.load(),
+        credit=checked.credit(),
         loss=checked.loss(),
         reward_weights=checked.reward_weights,
         logger=logger,
         make_reference=policy.snapshot,
     )
-
-
-def _both_splits(checked: Plan, chat: Callable[[str], str] | None = None) -> tuple[list[Problem], list[Problem]]:
-    train_problems = problems(checked, "train", chat)
-    if checked.config.rollout.problems_per_step > len(train_problems):
-        ProblemSource(train_problems, 0).take(checked.config.rollout.problems_per_step)
-    heldout = problems(checked, "heldout", chat) if checked.config.eval.problems else []
-    check_disjoint(train_problems, heldout)
-    return train_problems, heldout
 
 
 def evaluate(config: Config, folder: str, samples: int | None = None) -> tuple[dict[str, float], tuple[Group, ...]]:
@@ -486,7 +317,7 @@ def evaluate(config: Config, folder: str, samples: int | None = None) -> tuple[d
     with StopSignal() as stop, ExitStack() as stack, stop.anywhere():
         where = machine(config)
         tokenizer = make_tokenizer(folder, config)
-        heldout = problems(checked, "heldout", chat_format(tokenizer) if config.data.chat else None)[: config.eval.problems]
+        heldout = load_split(checked, "heldout", chat_format(tokenizer) if config.data.chat else None)[: config.eval.problems]
         collector = Collector(
             engine=make_engine(config, folder, tokenizer, where, stack, stop),
             runtime=stack.enter_context(RewardRuntime(checked.rewards)),

@@ -1,6 +1,6 @@
 """The configuration schema: every key, its default and its meaning. Stdlib only; Hydra composes it, ``validate`` checks it.
 
-Nodes that are dicts are open, that is, they take names the schema does not know: ``reward`` (one entry a reward part),
+Nodes that are dicts are open, that is, they take names the schema does not know: ``reward`` and ``algo.correction`` (one entry a part),
 ``data.problems``, ``rollout.engine_args``, ``model.args`` and the components under ``algo``. A component is a ``fn`` – an import
 path or ``file.py:function`` – and its keyword arguments; they are bound against the function's signature at build time, before a
 model is loaded.
@@ -41,6 +41,21 @@ class Schedule(StrEnum):
 class Layout(StrEnum):
     shared_prompt = "shared_prompt"
     padded = "padded"
+
+
+class Anchor(StrEnum):
+    proximal = "proximal"
+    behavior = "behavior"
+
+
+class KLPlace(StrEnum):
+    loss = "loss"
+    reward = "reward"
+
+
+class CombineRewards(StrEnum):
+    before = "before"
+    after = "after"
 
 
 class WandbMode(StrEnum):
@@ -116,11 +131,17 @@ class RolloutConfig:
 @dataclass
 class AlgoConfig:
     advantage: dict[str, Any] = doc("fn: rewards of a group → advantages", factory=dict)
-    objective: dict[str, Any] = doc("fn: per-token policy objective", factory=dict)
-    correction: dict[str, Any] = doc("fn: weights for sampler ≠ trainer; empty: none", factory=dict)
+    combine_rewards: CombineRewards = doc("several reward parts are weighted and summed before or after the advantage is taken", CombineRewards.before)
+    normalise: dict[str, Any] = doc("fn: advantages of all tokens of the batch → normalised; empty: none", factory=dict)
+    ratio: dict[str, Any] = doc("fn: level at which policy and anchor are compared: token, sequence", factory=lambda: {"fn": "grpo.ratios.token"})
+    anchor: Anchor = doc("what the ratio compares with: the policy before this step's updates, or the engine that sampled", Anchor.proximal)
+    objective: dict[str, Any] = doc("fn: per-token policy objective, with its clip bounds", factory=dict)
+    correction: dict[str, Any] = doc("one entry a correction for sampler ≠ trainer: fn and its arguments; they multiply", factory=dict)
     kl: dict[str, Any] = doc("fn: KL estimator towards the reference, with its coef; empty: none", factory=dict)
+    kl_in: KLPlace = doc("the KL term stands in the loss, or in the reward", KLPlace.loss)
     aggregation: dict[str, Any] = doc("fn: per-token values → one number", factory=dict)
     entropy_coef: float = doc("weight of the entropy bonus", 0.0)
+    mask_truncated: bool = doc("completions cut off by the token limit take no part in the loss", False)
     reference_refresh: int = doc("optimiser updates after which the reference becomes the policy; 0: never", 0)
 
 
@@ -290,7 +311,15 @@ def validate(config: Config) -> None:
         "set algo.kl.fn and algo.kl.coef",
     )
     check("fn" in c.algo.kl or not c.algo.kl, "algo.kl", "it has no fn", "name an estimator, e.g. algo.kl.fn=grpo.kl.k3")
-    for name in ("advantage", "objective", "aggregation"):
+    check(
+        bool(c.algo.kl) or c.algo.kl_in is KLPlace.loss, "algo.kl_in", "there is no KL term to put there", "set algo.kl.fn and algo.kl.coef"
+    )
+    for name, node in c.algo.correction.items():
+        if node is not None and not (isinstance(node, dict) and "fn" in node):
+            raise ConfigError(
+                f"algo.correction.{name}", f"is {node!r}", "each correction has a name and a fn, e.g. {tis: {fn: grpo.corrections.truncated_importance}}"
+            )
+    for name in ("advantage", "ratio", "objective", "aggregation"):
         check(bool(getattr(c.algo, name)), f"algo.{name}", "every objective needs one", "choose a preset, e.g. algo=grpo")
     if not c.reward:
         raise ConfigError("reward", "is empty", "choose a preset, e.g. reward=r1_rules, or add reward.NAME.fn=…")

@@ -1,7 +1,8 @@
-"""KL(policy ‖ reference) from samples: ``f(log_ratio [tokens]) -> [tokens]``, log_ratio = policy_logprobs − reference_logprobs.
+"""KL(policy ‖ reference) from samples: ``f(log_ratio [tokens], drift [tokens]) -> [tokens]``.
 
-The names are J. Schulman's (joschu.net/blog/kl-approx.html). Used in the loss; which of them have a biased gradient there is
-said with each.
+``log_ratio`` = log π_θ − log π_ref and ``drift`` = log π_θ − log π_anchor, whose value is 0 with one update a step but whose gradient
+is not. k1, k2 and k3 are J. Schulman's (joschu.net/blog/kl-approx.html); an unbiased value does not make an unbiased gradient, and
+each says what its gradient as a loss is. Proof: tests/test_kl.py.
 """
 
 from __future__ import annotations
@@ -9,19 +10,30 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from grpo.notation import written
+
 Tokens = Float[Tensor, " tokens"]
 
 
-def k1(log_ratio: Tokens) -> Tokens:
-    """log π/π_ref: unbiased value; as a loss its expected gradient is zero, so use it for reading, not for training."""
+@written("log π_θ/π_ref", "Schulman 2020, k1")
+def k1(log_ratio: Tokens, drift: Tokens) -> Tokens:
+    """log π/π_ref: unbiased value; as a loss its expected gradient is zero, so it is for the reward, or for reading."""
     return log_ratio
 
 
-def k2(log_ratio: Tokens) -> Tokens:
+@written("½ (log π_θ/π_ref)²", "Schulman 2020, k2")
+def k2(log_ratio: Tokens, drift: Tokens) -> Tokens:
     """(log π/π_ref)² / 2: biased value, but on-policy its gradient is that of the exact KL."""
     return log_ratio.square() / 2
 
 
-def k3(log_ratio: Tokens) -> Tokens:
+@written("π_ref/π_θ − log π_ref/π_θ − 1", "Schulman 2020, k3; DeepSeekMath 2402.03300 Eq. 4")
+def k3(log_ratio: Tokens, drift: Tokens) -> Tokens:
     """π_ref/π − log(π_ref/π) − 1 (DeepSeekMath Eq. 4, R1 Eq. 2): unbiased value, never negative; the gradient is that of KL(π_ref ‖ π)."""
     return (-log_ratio).expm1() + log_ratio
+
+
+@written("π_θ/π_{anchor} · (π_ref/π_θ − log π_ref/π_θ − 1)", "DeepSeek-V3.2 2512.02556 Eq. 7")
+def unbiased(log_ratio: Tokens, drift: Tokens) -> Tokens:
+    """π/π_anchor · k3 (DeepSeek-V3.2 2512.02556 Eq. 7): unbiased value and, because the weight is differentiated too, unbiased gradient."""
+    return drift.exp() * k3(log_ratio, drift)

@@ -1,7 +1,7 @@
-"""Per-token policy objectives, to be maximised: ``f(log_ratio [tokens], advantages [tokens]) -> Objective``.
+"""Per-token policy objectives, to be maximised: ``f(log_ratio [tokens], advantages [tokens], logprobs [tokens]) -> Objective``.
 
-``log_ratio`` = policy_logprobs − proximal_logprobs; ρ = exp(log_ratio). With one optimiser update a step the proximal policy
-is the policy itself, detached: ρ is exactly 1 and its gradient is that of the log-prob.
+``log_ratio`` = log ρ at the level that ``grpo.ratios`` gives it; ``logprobs`` = log π_θ of each token; both with gradient. With one
+optimiser update a step and the proximal policy as anchor, ρ is exactly 1 and its gradient is that of the log-prob.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from grpo.notation import written
 
 Tokens = Float[Tensor, " tokens"]
 
@@ -23,14 +25,91 @@ class Objective:
     clipped: Bool[Tensor, " tokens"]
 
 
-def clipped_surrogate(log_ratio: Tokens, advantages: Tokens, *, clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
-    """min(ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A), one ρ a token (DeepSeekMath Eq. 3; PPO 1707.06347 Eq. 7)."""
+def _clipped_formula(clip_low: float, clip_high: float, dual_clip: float | None) -> str:
+    inner = f"min( ρ·A, clip(ρ, {1 - clip_low:g}, {1 + clip_high:g})·A )"
+    return f"max( {inner}, {dual_clip:g}·A ) where A < 0, {inner} where A ≥ 0" if dual_clip else inner
+
+
+@written(_clipped_formula, "PPO 1707.06347 Eq. 7; DeepSeekMath 2402.03300 Eq. 3")
+def clipped_surrogate(
+    log_ratio: Tokens,
+    advantages: Tokens,
+    logprobs: Tokens,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> Objective:
+    """min(ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A) (DeepSeekMath Eq. 3; PPO 1707.06347 Eq. 7).
+
+    ``dual_clip`` = c > 1 bounds the loss where A < 0 and ρ is huge: max(…, c A) (dual-clip PPO 1912.09729 Eq. 5).
+    """
     ratio = log_ratio.exp()
     free = ratio * advantages
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    return Objective(values=torch.minimum(free, bounded), clipped=bounded < free)
+    values = torch.minimum(free, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    if dual_clip is not None:
+        values = torch.where(advantages < 0, torch.maximum(values, dual_clip * advantages), values)
+    return Objective(values=values, clipped=values.detach() != free.detach())
 
 
-def policy_gradient(log_ratio: Tokens, advantages: Tokens) -> Objective:
-    """ρ A without a bound: REINFORCE when the proximal policy is the policy."""
+def _cispo_formula(clip_low: float | None, clip_high: float) -> str:
+    return f"sg[ clip(ρ, {0 if clip_low is None else 1 - clip_low:g}, {1 + clip_high:g}) ]·A·log π_θ(oₜ)"
+
+
+@written(_cispo_formula, "CISPO, MiniMax-M1 2506.13585 Eq. 4–5")
+def cispo(log_ratio: Tokens, advantages: Tokens, logprobs: Tokens, *, clip_low: float | None = None, clip_high: float = 4.0) -> Objective:
+    """sg[clip(ρ, 1 − clip_low, 1 + clip_high)] A log π: the weight is clipped, the gradient never dropped (MiniMax-M1 2506.13585 Eq. 4–5).
+
+    ``clip_low`` None is no lower bound, as in the paper's experiments; ``clip_high`` 4 caps ρ at 5 (ScaleRL 2510.13786).
+    """
+    ratio = log_ratio.detach().exp()
+    weight = ratio.clamp(0.0 if clip_low is None else 1 - clip_low, 1 + clip_high)
+    return Objective(values=weight * advantages * logprobs, clipped=weight != ratio)
+
+
+@written("ρ·A", "REINFORCE, Williams 1992, with importance weights")
+def policy_gradient(log_ratio: Tokens, advantages: Tokens, logprobs: Tokens) -> Objective:
+    """ρ A without a bound: REINFORCE when the anchor is the policy itself, importance-weighted where the tokens are older."""
     return Objective(values=log_ratio.exp() * advantages, clipped=torch.zeros_like(advantages, dtype=torch.bool))
+
+
+def _sapo_formula(tau_positive: float, tau_negative: float) -> str:
+    return f"(4/τ)·σ( τ·(ρ − 1) )·A with τ = {tau_positive:g} where A > 0, else {tau_negative:g}"
+
+
+@written(_sapo_formula, "SAPO 2511.20347 Eq. 5–6")
+def sapo(log_ratio: Tokens, advantages: Tokens, logprobs: Tokens, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Objective:
+    """(4/τ) σ(τ (ρ − 1)) A with a τ for each sign of A (SAPO 2511.20347 Eq. 5–6): a gate that closes smoothly where others clip."""
+    tau = torch.where(advantages > 0, advantages.new_tensor(tau_positive), advantages.new_tensor(tau_negative))
+    gate = torch.sigmoid(tau * (log_ratio.exp() - 1)) * 4 / tau
+    return Objective(values=gate * advantages, clipped=torch.zeros_like(advantages, dtype=torch.bool))
+
+
+def _dppo_formula(divergence: str, where: str) -> str:
+    return f"M·ρ·A with M = 0 where ρ moves away from 1 in the direction of A and {divergence} > {where}, else 1"
+
+
+@written(lambda delta: _dppo_formula("|π_θ(oₜ) − π_{anchor}(oₜ)|", f"{delta:g}"), "DPPO 2602.04879 Eq. 12–13")
+def dppo_tv(log_ratio: Tokens, advantages: Tokens, logprobs: Tokens, *, delta: float = 0.15) -> Objective:
+    """M ρ A; M = 0 where the update would leave the trust region, |π − μ| > δ (DPPO, binary total variation, 2602.04879 Eq. 12–13).
+
+    The paper's trust region is around the policy that sampled: use it with ``algo.anchor: behavior``, a token ratio, no correction.
+    """
+    policy = logprobs.detach()
+    divergence = (policy.exp() - (policy - log_ratio.detach()).exp()).abs()
+    return _masked(log_ratio, advantages, divergence > delta)
+
+
+@written(lambda delta: _dppo_formula("KL(Bern(π_{anchor}(oₜ)) ‖ Bern(π_θ(oₜ)))", f"{delta:g}"), "DPPO 2602.04879 Eq. 12, 14")
+def dppo_kl(log_ratio: Tokens, advantages: Tokens, logprobs: Tokens, *, delta: float = 0.05) -> Objective:
+    """M ρ A with the divergence of the two-outcome distributions, KL(Bern(μ) ‖ Bern(π)) (DPPO 2602.04879 Eq. 12 and 14)."""
+    policy, anchor = logprobs.detach(), (logprobs - log_ratio).detach()
+    rest_policy, rest_anchor = (-policy.exp()).log1p(), (-anchor.exp()).log1p()  # log(1 − p); −∞ where p is 1
+    others = torch.where(rest_anchor.isneginf(), 0.0, rest_anchor.exp() * (rest_anchor - rest_policy))
+    return _masked(log_ratio, advantages, anchor.exp() * (anchor - policy) + others > delta)
+
+
+def _masked(log_ratio: Tensor, advantages: Tensor, outside: Tensor) -> Objective:
+    moving_away = log_ratio.detach() * advantages > 0
+    masked = outside & moving_away
+    return Objective(values=torch.where(masked, 0.0, log_ratio.exp() * advantages), clipped=masked)

@@ -30,6 +30,7 @@ from yaml import YAMLError
 from grpo.config import Config, ConfigError, keys, validate
 
 ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("floordiv", lambda a, b: a // b, replace=True)  # ${floordiv:${rollout.max_new_tokens},5}
 
 BUILT_IN = "pkg://grpo.recipes"
 
@@ -111,13 +112,14 @@ def _replacements(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], 
     """Open nodes that the command line gives anew, and the overrides that are left for Hydra.
 
     ``algo.correction={}`` and ``algo.objective.fn=…`` start from nothing: the arguments that a preset had for another function
-    would not fit.
+    would not fit. ``algo.correction.mask.fn=…`` adds an entry beside those that are there.
     """
     parsed = OverridesParser.create().parse_overrides(_checked_grammar(overrides))
-    single = [name for name, (default, _) in keys().items() if isinstance(default, dict) and name != "reward"]
+    whole = [name for name, (default, _) in keys().items() if isinstance(default, dict) and name != "reward"]
+    single = [name for name in whole if name != "algo.correction"]
     replaced: dict[str, dict[str, Any]] = {}
     for o in parsed:
-        if o.key_or_group in single and not o.is_sweep_override():
+        if o.key_or_group in whole and not o.is_sweep_override():
             value = None if o.is_delete() else o.value()
             if value is not None and not isinstance(value, dict):
                 raise ConfigError(o.key_or_group, f"is {value!r}", "write {} or {fn: …}")
@@ -130,7 +132,11 @@ def _replacements(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], 
         if node is None:
             rest.append(text)
         elif o.key_or_group != node and not o.is_delete():
-            replaced[node][o.key_or_group.removeprefix(node + ".")] = o.value()
+            *path, last = o.key_or_group.removeprefix(node + ".").split(".")
+            inner = replaced[node]
+            for part in path:
+                inner = inner.setdefault(part, {})
+            inner[last] = o.value()
     return replaced, rest
 
 

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from grpo import checkpoint
 from grpo.batch import Batch, collate
+from grpo.credit import Credit
 from grpo.data import ProblemSource
 from grpo.interrupt import StopSignal
 from grpo.loggers import Logger
@@ -53,6 +52,7 @@ class Settings:
     eval_every: int = 10
     eval_metric: str = "accuracy"
     reference_refresh: int = 0
+    mask_truncated: bool = False
 
 
 @dataclass(kw_only=True)
@@ -67,7 +67,7 @@ class Trainer:
     evaluator: Collector
     source: ProblemSource
     heldout: Sequence[Problem]
-    advantage: Callable[[Tensor, Tensor], Tensor]
+    credit: Credit
     loss: Loss
     reward_weights: dict[str, float]
     logger: Logger
@@ -84,7 +84,7 @@ class Trainer:
         """Go on until ``settings.steps``; on ``Interrupted`` what is done is saved before it travels on."""
         s, started, before, whole = self.settings, time.monotonic(), self.elapsed, True
         try:
-            if self.loss.needs_reference and self.reference is None:
+            if (self.loss.needs_reference or self.credit.needs_reference) and self.reference is None:
                 self.reference = self.make_reference()
             if self.evaluation_due() and not self.evaluated():  # at the start; or cut off when the run was stopped
                 self.logger.log(self.step, self.evaluate(stop))
@@ -100,7 +100,7 @@ class Trainer:
                 self.times |= self.collector.timings
                 whole = False  # from here on the policy may be half a step ahead
                 with self.timed("update"):
-                    batch = self.prepare(collate(groups))
+                    batch = self.prepare(collate(groups, tuple(self.credit.part_weights)))
                     updates = [self.update(minibatch) for minibatch in batch.minibatches(s.updates_per_step)]
                 self.step, whole = step, True
                 metrics = rollout_metrics(groups, s.eval_metric, self.reward_weights) | merge_metrics(updates)
@@ -121,11 +121,13 @@ class Trainer:
             raise
 
     def prepare(self, batch: Batch) -> Batch:
-        """Add what the objective asks for: advantages, and the log-probs of the policies it compares with."""
-        batch = batch.with_advantages(self.advantage)
+        """Add what the objective asks for: the log-probs of the policies it compares with, and advantages."""
         if self.reference is not None:
             batch = replace(batch, reference_logprobs=self.reference.score(batch).logprobs)
-        if self.settings.updates_per_step > 1:  # with one update the proximal policy is the policy: no pass is needed
+        batch = replace(batch, advantages=self.credit(batch))
+        if self.settings.mask_truncated:  # after the advantages: a truncated completion was still an answer to compare with
+            batch = batch.without_truncated()
+        if self.settings.updates_per_step > 1 and not self.loss.anchor_is_behavior:  # with one update it is the policy itself
             batch = replace(batch, proximal_logprobs=self.policy.score(batch).logprobs)
         return batch
 

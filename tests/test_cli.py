@@ -27,7 +27,7 @@ FILES = {
     "no_schema.yaml": "run: {steps: 1}\n",
     "no_reward_group.yaml": "defaults: [schema, {algo: grpo}, {model: tiny}, {data: sums}, _self_]\n",
     "typo.yaml": "defaults: [schema, {algo: grpo}, {model: tiny}, {data: sums}, {reward: r1_rules}, _self_]\nrun: {stepps: 1}\n",
-    "bad_choice.yaml": "defaults: [schema, {algo: gpro}, _self_]\n",
+    "bad_choice.yaml": "defaults: [schema, {algo: drgrpo}, _self_]\n",
     "type.yaml": "defaults: [schema, {algo: grpo}, {model: tiny}, {data: sums}, {reward: r1_rules}, _self_]\nrun: {steps: many}\n",
     "not_yaml.yaml": "defaults: [schema\nrun: {{",
     "train.jsonl": '{"question": "1 + 1", "answer": "2"}\n{"question": "2 + 2", "answer": "4"}\n',
@@ -61,7 +61,7 @@ BUILT_IN = "r1_zero_arithmetic"
         pytest.param([BUILT_IN, "optim.learning_rate=1e-5"], "optim.learning_rate", "no such key", id="unknown key"),
         pytest.param([BUILT_IN, "optim.lrr=1e-5"], "optim.lrr", "did you mean 'optim.lr'?", id="typo in a key"),
         pytest.param([BUILT_IN, "steps=5"], "steps", "did you mean 'run.steps'?", id="key without its section"),
-        pytest.param([BUILT_IN, "algo=gpro"], "algo", "did you mean 'grpo'?", id="unknown choice"),
+        pytest.param([BUILT_IN, "algo=drgrpo"], "algo", "did you mean 'dr_grpo'?", id="unknown choice"),
         pytest.param([BUILT_IN, "run.steps=many"], "run.steps", "many", id="wrong type"),
         pytest.param([BUILT_IN, "trainer.layout=packed"], "trainer.layout", "shared_prompt", id="wrong value of a list"),
         pytest.param([BUILT_IN, "run.steps=-1"], "run.steps", "is -1", id="out of range"),
@@ -238,6 +238,6 @@ def test_a_component_given_on_the_command_line_starts_from_nothing() -> None:
     assert config.algo.objective == {"fn": "grpo.objectives.policy_gradient"}
     assert config.algo.correction == {}
     assert config.algo.advantage == {"fn": "grpo.advantages.center"}
-    assert plan(config).correction is None
+    assert plan(config).corrections == {}
     config = load_recipe(BUILT_IN, "algo.objective.clip_high=0.28")  # without a new fn, the preset's other arguments stay
     assert config.algo.objective == {"fn": "grpo.objectives.clipped_surrogate", "clip_low": 0.2, "clip_high": 0.28}

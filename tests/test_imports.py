@@ -56,12 +56,12 @@ def error(settings: dict[str, Any], **options: Any) -> str:
 
 
 def test_an_import_path_with_its_arguments() -> None:
-    ref = resolve({"fn": "grpo.objectives.clipped_surrogate", "clip_low": 0.1}, key="algo.objective", positional=2)
+    ref = resolve({"fn": "grpo.objectives.clipped_surrogate", "clip_low": 0.1}, key="algo.objective", positional=3)
     assert ref == FunctionRef(target="grpo.objectives.clipped_surrogate", kwargs={"clip_low": 0.1})
     assert ref.load().keywords == {"clip_low": 0.1}  # type: ignore[attr-defined]
     from grpo.objectives import policy_gradient
 
-    assert resolve({"fn": "grpo.objectives.policy_gradient"}, key="algo.objective", positional=2).load() is policy_gradient
+    assert resolve({"fn": "grpo.objectives.policy_gradient"}, key="algo.objective", positional=3).load() is policy_gradient
 
 
 def test_a_file_beside_its_own_imports(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,19 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo import advantages, aggregation, corrections, kl, objectives
+from grpo import advantages, aggregation, corrections, kl, objectives, ratios
 from grpo.batch import Batch, Totals, collate
 from grpo.losses import Loss, Stat, TokenScores, merge
 from grpo.types import Completion, FinishReason, Group, Problem, Rollout
 
 NAN = math.nan
 LENGTH = 7  # of constant_length
-ADVANTAGES = [advantages.group_norm, advantages.center, advantages.leave_one_out]
+ADVANTAGES = [advantages.group_norm, advantages.center, advantages.leave_one_out]  # each a difference to the group
 AGGREGATIONS: dict[str, Callable[[Tensor, Batch], Tensor]] = {
     "token_mean": aggregation.token_mean,
     "sequence_mean": aggregation.sequence_mean,
     "constant_length": partial(aggregation.constant_length, length=LENGTH),
     "group_mean": aggregation.group_mean,
+    "sequence_sum": aggregation.sequence_sum,
 }
 KLS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
 CLIP_LOW, CLIP_HIGH, CAP = 0.2, 0.3, 1.5
@@ -210,7 +211,7 @@ def test_leave_one_out_is_the_difference_to_the_others(rows: list[list[float]]) 
 
 def objective_gradient(objective: Any, log_ratio: Tensor, advantage: Tensor) -> tuple[list[float], list[float], list[bool]]:
     leaf = log_ratio.clone().requires_grad_()
-    out = objective(leaf, advantage)
+    out = objective(leaf, advantage, leaf)  # log π itself: an anchor of log-prob 0
     (gradient,) = torch.autograd.grad(out.values.sum(), leaf)
     return out.values.tolist(), gradient.tolist(), out.clipped.tolist()
 
@@ -245,26 +246,109 @@ def test_policy_gradient_golden() -> None:
     assert clipped == [False] * 3
 
 
+def test_dual_clip_bounds_the_loss_of_a_negative_advantage() -> None:
+    objective = partial(objectives.clipped_surrogate, dual_clip=3.0)
+    values, gradient, clipped = objective_gradient(objective, tensor(5, 2, 5).log(), tensor(-1, -1, 1))
+    assert values == pytest.approx([-3, -2, 1.2])  # max(−5, 3·(−1)); −2 is above −3; A > 0 is clipped at 1.2 as ever
+    assert gradient == pytest.approx([0, -2, 0])
+    assert clipped == [True, False, True]
+
+
+def test_cispo_golden() -> None:
+    objective = partial(objectives.cispo, clip_low=0.5, clip_high=1.0)
+    ratio = [4.0, 0.25, 1.5]
+    values, gradient, clipped = objective_gradient(objective, tensor(*ratio).log(), tensor(1, -2, 3))
+    # sg[clip(ρ, 0.5, 2)] A log π, and log π = log ρ here: 2·ln 4, −2·0.5·ln ¼, 3·1.5·ln 1.5; the gradient is the weight times A
+    assert values == pytest.approx([2 * math.log(4), -1 * math.log(0.25), 4.5 * math.log(1.5)])
+    assert gradient == pytest.approx([2, -1, 4.5])
+    assert clipped == [True, True, False]
+
+
+def test_sapo_golden() -> None:
+    values, gradient, clipped = objective_gradient(objectives.sapo, tensor(1, 1, 3).log(), tensor(1, -1, 1))
+    # σ(0) = ½: 4/τ · ½ · A = 2 and −2/1.05; slope 4/τ · σ'(0) τ ρ A = 4 · ¼ · A = ±1; at ρ = 3: 4 σ(2), 4 σ(2)(1 − σ(2)) · 3
+    s = 1 / (1 + math.exp(-2))
+    assert values == pytest.approx([2, -2 / 1.05, 4 * s])
+    assert gradient == pytest.approx([1, -1, 12 * s * (1 - s)])
+    assert clipped == [False] * 3
+
+
+@pytest.mark.parametrize(("objective", "delta"), [(objectives.dppo_tv, 0.15), (objectives.dppo_kl, 0.05)])
+def test_dppo_masks_only_what_moves_away_and_too_far(objective: Any, delta: float) -> None:
+    anchor, policy = tensor(0.5, 0.5, 0.5, 0.5, 0.01).log(), tensor(0.8, 0.8, 0.2, 0.55, 0.05).log().requires_grad_()
+    advantage = tensor(1, -1, -1, 1, 1)
+    out = objective(policy - anchor, advantage, policy, delta=delta)
+    # 0.5 → 0.8 with A > 0 is masked, with A < 0 it moves back; 0.5 → 0.2 with A < 0 is masked; 0.05 away is near;
+    # 0.01 → 0.05 is a ratio of 5 and still a small step in probability: |Δ| = 0.04, KL = 0.024
+    assert out.clipped.tolist() == [True, False, True, False, False]
+    assert out.values.tolist() == pytest.approx([0, -1.6, 0, 1.1, 5])
+    (gradient,) = torch.autograd.grad(out.values.sum(), policy)
+    assert gradient.tolist() == pytest.approx([0, -1.6, 0, 1.1, 5])
+
+
+def test_a_ratio_of_the_whole_completion_golden() -> None:
+    leaf = tensor(4, 1, 2).log().requires_grad_()
+    index = torch.tensor([0, 0, 1])
+    assert ratios.sequence(leaf, index).exp().tolist() == pytest.approx([2, 2, 2])  # √(4·1), and 2
+    (gradient,) = torch.autograd.grad(ratios.sequence(leaf, index).exp()[0], leaf)
+    assert gradient.tolist() == pytest.approx([1, 1, 0])  # s · 1/|o| for both tokens
+    by_token = ratios.sequence_token(leaf, index).exp()
+    assert by_token.tolist() == pytest.approx([2, 2, 2])
+    assert torch.autograd.grad(by_token[0], leaf)[0].tolist() == pytest.approx([2, 0, 0])
+
+
 # ---------------------------------------------------------------- corrections and KL
 
 
 def test_truncated_importance_golden() -> None:
-    log_ratio = tensor(0.5, 1, 1.5, 4).log().requires_grad_()
-    weights = corrections.truncated_importance(log_ratio, torch.tensor([0, 0, 1, 1]), cap=2.0)
-    assert weights.tolist() == pytest.approx([0.5, 1, 1.5, 2])
-    assert not weights.requires_grad
+    weights, active = weights_of(corrections.truncated_importance, [0.5, 1, 1.5, 4], cap=2.0)
+    assert weights == pytest.approx([0.5, 1, 1.5, 2]) and active == [False, False, False, True]
+
+
+def weights_of(correct: Any, ratios: list[float], advantages: list[float] | None = None, **kwargs: float) -> tuple[list[float], list[bool]]:
+    """Two completions of two tokens each, sampled with log-prob −1; the policy is the proximal policy."""
+    log_ratio = tensor(*ratios).log()
+    behavior = torch.full((4,), -1.0, dtype=torch.float64)
+    mismatch = corrections.Mismatch(
+        policy=behavior + log_ratio,
+        proximal=behavior + log_ratio,
+        behavior=behavior,
+        advantages=tensor(*(advantages or [1, 1, 1, 1])),
+        rollout_index=torch.tensor([0, 0, 1, 1]),
+    )
+    out = correct(mismatch, **kwargs)
+    return out.weights.tolist(), out.active.tolist()
+
+
+def test_corrections_of_whole_completions_golden() -> None:
+    ratios = [2.0, 1.0, 1.5, 2.0]  # products 2 and 3, geometric means √2 and √3
+    assert weights_of(corrections.truncated_sequence_importance, ratios, cap=2.5)[0] == pytest.approx([2, 2, 2.5, 2.5])
+    assert weights_of(corrections.sequence_mask, ratios, low=0.5, high=2.5)[0] == [1, 1, 0, 0]
+    assert weights_of(corrections.geometric_mask, ratios, low=1.42, high=1.8)[0] == [0, 0, 1, 1]  # √2 = 1.414, √3 = 1.732
+    assert weights_of(corrections.token_mask, ratios, low=1.2, high=1.9)[0] == [0, 0, 1, 0]
+    assert weights_of(corrections.token_mask, ratios, low=1.2, high=1.9)[1] == [True, True, False, True]
+
+
+def test_off_policy_sequence_mask_golden() -> None:
+    """DeepSeek-V3.2 Eq. 9: only completions with a negative advantage whose mean log π_old/π_θ is above δ."""
+    ratios = [0.5, 1.0, 0.5, 1.0]  # mean log π_behav/π_θ = ln 2 / 2 = 0.347 for both
+    assert weights_of(corrections.off_policy_sequence_mask, ratios, [-1, -1, 1, 1], delta=0.3) == ([0, 0, 1, 1], [True, True, False, False])
+    assert weights_of(corrections.off_policy_sequence_mask, ratios, [-1, -1, -1, -1], delta=0.35)[0] == [1, 1, 1, 1]
+    assert weights_of(corrections.off_policy_sequence_mask, [2.0, 2.0, 2.0, 2.0], [-1, -1, -1, -1], delta=0.1)[0] == [1, 1, 1, 1]
 
 
 def test_kl_golden() -> None:
     log_ratio = tensor(math.log(2), 0, -math.log(2))
-    assert kl.k1(log_ratio).tolist() == pytest.approx([math.log(2), 0, -math.log(2)])
-    assert kl.k2(log_ratio).tolist() == pytest.approx([math.log(2) ** 2 / 2, 0, math.log(2) ** 2 / 2])
-    assert kl.k3(log_ratio).tolist() == pytest.approx([1 / 2 + math.log(2) - 1, 0, 2 - math.log(2) - 1])
+    k3 = [1 / 2 + math.log(2) - 1, 0, 2 - math.log(2) - 1]
+    assert kl.k1(log_ratio, torch.zeros(3, dtype=torch.float64)).tolist() == pytest.approx([math.log(2), 0, -math.log(2)])
+    assert kl.k2(log_ratio, torch.zeros(3, dtype=torch.float64)).tolist() == pytest.approx([math.log(2) ** 2 / 2, 0, math.log(2) ** 2 / 2])
+    assert kl.k3(log_ratio, torch.zeros(3, dtype=torch.float64)).tolist() == pytest.approx(k3)
+    assert kl.unbiased(log_ratio, tensor(math.log(3), 0, math.log(2))).tolist() == pytest.approx([3 * k3[0], 0, 2 * k3[2]])
 
 
 @given(st.floats(-20, 20))
 def test_k3_is_never_negative(log_ratio: float) -> None:
-    assert float(kl.k3(tensor(log_ratio))) >= 0
+    assert float(kl.k3(tensor(log_ratio), tensor(0))) >= 0
 
 
 @given(st.lists(st.floats(-2, 2), min_size=2, max_size=6), st.integers(0, 1000))
@@ -276,13 +360,15 @@ def test_kl_estimators_have_the_values_and_gradients_their_docstrings_claim(logi
     exact, reverse = (log_p.exp() * (log_p - log_q)).sum(), (log_q.exp() * (log_q - log_p)).sum()
 
     def expected(estimator: Any) -> tuple[float, Tensor]:
-        value = (log_p.detach().exp() * estimator(log_p - log_q)).sum()
+        value = (log_p.detach().exp() * estimator(log_p - log_q, log_p - log_p.detach())).sum()
         return float(value.detach()), torch.autograd.grad(value, theta, retain_graph=True)[0]
 
-    (v1, g1), (_, g2), (v3, g3) = expected(kl.k1), expected(kl.k2), expected(kl.k3)
+    (v1, g1), (_, g2), (v3, g3), (v4, g4) = expected(kl.k1), expected(kl.k2), expected(kl.k3), expected(kl.unbiased)
     assert v1 == pytest.approx(float(exact.detach()), abs=1e-12) and v3 == pytest.approx(float(exact.detach()), abs=1e-12)
     torch.testing.assert_close(g1, torch.zeros_like(theta), **close(1e-12))
     torch.testing.assert_close(g2, torch.autograd.grad(exact, theta, retain_graph=True)[0], **close(1e-12))
+    assert v4 == pytest.approx(float(exact.detach()), abs=1e-12)
+    torch.testing.assert_close(g4, torch.autograd.grad(exact, theta, retain_graph=True)[0], **close(1e-12))
     torch.testing.assert_close(g3, torch.autograd.grad(reverse, theta, retain_graph=True)[0], **close(1e-12))
 
 
@@ -296,6 +382,7 @@ def test_kl_estimators_have_the_values_and_gradients_their_docstrings_claim(logi
         ("sequence_mean", (2 + 4 + 11 / 2) / 3),  # means of (1 2 3), (4), (5 6)
         ("constant_length", 21 / (3 * LENGTH)),
         ("group_mean", (10 / 4 + 11 / 2) / 2),  # (1 2 3 4) and (5 6)
+        ("sequence_sum", 21 / 3),
     ],
 )
 def test_aggregation_golden(name: str, expected: float) -> None:
@@ -332,7 +419,7 @@ class Case:
         return Loss(
             objective=clipped if self.objective == "clipped" else objectives.policy_gradient,
             aggregate=AGGREGATIONS[self.aggregate],
-            correct=partial(corrections.truncated_importance, cap=CAP) if self.correct else None,
+            corrections={"tis": partial(corrections.truncated_importance, cap=CAP)} if self.correct else {},
             kl=KLS[self.kl] if self.kl else None,
             kl_coef=self.kl_coef,
             entropy_coef=self.entropy_coef,
@@ -397,6 +484,7 @@ def naive(case: Case) -> tuple[float, list[float], list[float]]:
             "sequence_mean": 1 / (num_rollouts * rollout.count(i)),
             "constant_length": 1 / (num_rollouts * LENGTH),
             "group_mean": 1 / (num_groups * sum(group[j] == group[i] for j in rollout)),
+            "sequence_sum": 1 / num_rollouts,
         }[case.aggregate]
         ratio, a = math.exp(policy[t] - proximal[t]), advantage[t]
         value, slope = ratio * a, ratio * a  # dρ/dlog π = ρ
@@ -504,7 +592,7 @@ def test_stats_golden() -> None:
     loss = Loss(
         objective=objectives.clipped_surrogate,
         aggregate=aggregation.token_mean,
-        correct=partial(corrections.truncated_importance, cap=1.5),
+        corrections={"tis": partial(corrections.truncated_importance, cap=1.5)},
         kl=kl.k1,
         kl_coef=0.1,
     )
@@ -518,8 +606,8 @@ def test_stats_golden() -> None:
     assert mean["sampler/logprob_diff"] == pytest.approx((math.log(2) + 0 + math.log(2)) / 3)
     # e^d − 1 − d with d = ln 2, 0, −ln 2: never negative, whose mean under the sampler is KL(behavior ‖ proximal)
     assert mean["sampler/k3"] == pytest.approx(((1 - math.log(2)) + 0 + (math.log(2) - 0.5)) / 3)
-    assert mean["sampler/weight"] == pytest.approx((1.5 + 1 + 0.5) / 3)  # min(2, 1.5), 1, 0.5
-    assert mean["sampler/weight_truncated_share"] == pytest.approx(1 / 3)
+    assert mean["sampler/tis/weight"] == pytest.approx((1.5 + 1 + 0.5) / 3)  # min(2, 1.5), 1, 0.5
+    assert mean["sampler/tis/active_share"] == pytest.approx(1 / 3)
     # −(1.5·1.2 + 1·1 − 0.5·0.8)/3 + 0.1·(ln 1.5 + 0 + ln 0.5)/3
     assert float(output.loss.detach()) == pytest.approx(-(1.8 + 1 - 0.4) / 3 + 0.1 * math.log(0.75) / 3)
 
