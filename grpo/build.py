@@ -215,6 +215,19 @@ class Result:
         return self.run.read_metrics()
 
 
+def dry_run(config: Config) -> str:
+    """The objective card, after every check that needs no model.
+
+    Raises:
+        ConfigError: if a setting cannot work.
+    """
+    checked = plan(config)
+    machine(config)
+    if not config.data.chat:
+        load_both_splits(checked)
+    return objective_card(checked)
+
+
 def train(config: Config) -> Result:
     """Run an experiment from its configuration to its report.
 

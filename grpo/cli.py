@@ -20,6 +20,7 @@ examples:
   grpo train ./my_recipe.yaml run.name=first
   grpo train r1_zero_arithmetic --multirun run.seed=0,1,2
   grpo train r1_zero_arithmetic --cfg job
+  grpo train r1_zero_arithmetic algo=dapo --dry-run   the formula it would train, in words and numbers
   grpo train runs/r1_zero_arithmetic/first            go on from its last checkpoint
   grpo eval runs/r1_zero_arithmetic/first
   grpo recipes show r1_zero_arithmetic
@@ -64,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the recipe; `grpo recipes show` lists them")
     train.add_argument("--multirun", "-m", action="store_true", help="a sweep: key=a,b,c runs each (Hydra)")
     train.add_argument("--cfg", choices=["job"], help="print the composed configuration and stop")
+    train.add_argument("--dry-run", action="store_true", help="check all that needs no model, print the objective card and stop")
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("eval", help="score a run or a model folder on held-out problems")
@@ -103,6 +105,11 @@ def _train(options: argparse.Namespace) -> int:
         from grpo.build import plain
 
         print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    if options.dry_run:
+        from grpo.build import dry_run
+
+        print(dry_run(config), end="")
         return 0
     _run(config)
     return 0

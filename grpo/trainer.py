@@ -104,6 +104,8 @@ class Trainer:
                     updates = [self.update(minibatch) for minibatch in batch.minibatches(s.updates_per_step)]
                 self.step, whole = step, True
                 metrics = rollout_metrics(groups, s.eval_metric, self.reward_weights) | merge_metrics(updates)
+                if s.mask_truncated:
+                    metrics["rollout/masked_truncated"] = float(sum(r.completion.truncated for g in groups for r in g.rollouts))
                 try:
                     self.record(groups, batch)
                     self.elapsed = before + time.monotonic() - started
@@ -134,6 +136,7 @@ class Trainer:
     def update(self, minibatch: Batch) -> Metrics:
         self.logger.phase("updating")
         metrics = self.policy.update(minibatch, self.loss)
+        metrics["policy/empty_updates"] = float(metrics["policy/trained_rollouts"] == 0)
         self.reference_age += 1
         if self.reference is not None and self.settings.reference_refresh and self.reference_age >= self.settings.reference_refresh:
             self.reference, self.reference_age = self.make_reference(), 0
@@ -229,4 +232,4 @@ def _merged(name: str, values: Sequence[float]) -> float:
     if name.endswith("_max"):
         return max(values)
     total = sum(values)
-    return total if name in ("policy/trained_rollouts", "throughput/update_tokens") else total / len(values)
+    return total if name in ("policy/trained_rollouts", "policy/empty_updates", "throughput/update_tokens") else total / len(values)
