@@ -30,7 +30,7 @@ from yaml import YAMLError
 from grpo.config import Config, ConfigError, keys, validate
 
 ConfigStore.instance().store(name="schema", node=Config)
-OmegaConf.register_new_resolver("floordiv", lambda a, b: a // b, replace=True)  # ${floordiv:${rollout.max_new_tokens},5}
+OmegaConf.register_new_resolver("share", lambda whole, share: max(1, round(whole * share)), replace=True)  # ${share:${key},0.2}
 
 BUILT_IN = "pkg://grpo.recipes"
 
