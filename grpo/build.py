@@ -7,7 +7,7 @@ Everything that can be wrong is found before anything heavy starts, in this orde
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -17,19 +17,23 @@ from typing import Any
 
 import yaml
 
-from grpo import checkpoint
+from grpo import checkpoint, replay
 from grpo.card import objective_card
 from grpo.config import Config, ConfigError, EngineName, Layout, Precision, WandbMode
 from grpo.console import ConsoleLogger
 from grpo.data import ProblemSource
 from grpo.interrupt import StopSignal
+from grpo.learner import Learner
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
 from grpo.metrics import eval_metrics, headline
 from grpo.models import resolve_model
 from grpo.plan import Plan, anchor_paths, load_both_splits, load_split, plan, scripted_answer
 from grpo.policy import HFPolicy, OptimSettings
+from grpo.replay import StepReplay
 from grpo.report import write_report
+from grpo.rewards.base import parse_reward_config
 from grpo.rewards.runtime import RewardRuntime
+from grpo.rollout_table import groups_of
 from grpo.rollouts.collect import Collector
 from grpo.run import RunFolder
 from grpo.trainer import Settings, Trainer
@@ -168,6 +172,19 @@ def make_policy(config: Config, folder: str, tokenizer: Any, where: Machine) -> 
     )
 
 
+def make_learner(checked: Plan, policy: HFPolicy) -> Learner:
+    config = checked.config
+    return Learner(
+        policy=policy,
+        credit=checked.credit(),
+        loss=checked.loss(),
+        make_reference=policy.snapshot,
+        updates_per_step=config.optim.updates_per_step,
+        reference_refresh=config.algo.reference_refresh,
+        mask_truncated=config.algo.mask_truncated,
+    )
+
+
 def train_sampling(config: Config) -> Sampling:
     r = config.rollout
     return Sampling(temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, max_new_tokens=r.max_new_tokens, stop=tuple(r.stop))
@@ -239,7 +256,7 @@ def train(config: Config) -> Result:
     machine(config)
     early = None if config.data.chat else load_both_splits(checked)  # a chat template needs the tokenizer, hence the model
     run = RunFolder.create(Path(config.run.dir), config.run.recipe or "run", config.run.name, resume=config.run.resume)
-    resumed_from = checkpoint.last_step(run) if config.run.resume else None
+    resumed_from = checkpoint.last_sound_step(run) if config.run.resume else None
     anchor_paths(checked)
     run.write_config(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
     run.write_environment()
@@ -251,7 +268,7 @@ def train(config: Config) -> Result:
             with stop.anywhere():
                 trainer = assemble(checked, early, run, logger, stack, stop)
                 if resumed_from is not None:
-                    trainer.restore()
+                    trainer.restore(resumed_from)
             trainer.train(stop)
             failed = False
         finally:
@@ -301,27 +318,55 @@ def assemble(
         settings=Settings(
             steps=config.run.steps,
             problems_per_step=config.rollout.problems_per_step,
-            updates_per_step=config.optim.updates_per_step,
             checkpoint_every=config.run.checkpoint_every,
             keep_checkpoints=config.run.keep_checkpoints,
             eval_every=config.eval.every,
             eval_metric=config.eval.metric,
-            reference_refresh=config.algo.reference_refresh,
-            mask_truncated=config.algo.mask_truncated,
         ),
         run=run,
-        policy=policy,
+        learner=make_learner(checked, policy),
         engine=engine,
         collector=collector(train_sampling(config), config.rollout.completions_per_problem, config.run.seed, "generating"),
         evaluator=collector(eval_sampling(config), config.eval.samples, EVAL_SEED, "evaluating"),
         source=ProblemSource(train_problems, config.run.seed),
         heldout=heldout[: config.eval.problems],
-        credit=checked.credit(),
-        loss=checked.loss(),
         reward_weights=checked.reward_weights,
         logger=logger,
-        make_reference=policy.snapshot,
     )
+
+
+def rescore(config: Config, run: RunFolder, steps: Sequence[int]) -> list[StepReplay]:
+    """The stored rollouts of ``steps`` under the reward of ``config``.
+
+    Raises:
+        ConfigError: the reward cannot work.
+    """
+    parts = parse_reward_config(config.reward)
+    with RewardRuntime(parts) as runtime:
+        weights = {part.name: part.weight for part in parts}
+        return [replay.rescore(step, groups_of(run.read_rollouts(step)), runtime, weights) for step in steps]
+
+
+def retrain(config: Config, run: RunFolder, step: int) -> tuple[dict[str, float], dict[str, float]]:
+    """The update of a stored step made again from the checkpoint before it: (its metrics then, its metrics now). Nothing is written.
+
+    Raises:
+        ConfigError: there is no checkpoint of the step before, or no stored rollouts.
+    """
+    found = checkpoint.steps(run)
+    if step != 1 and step - 1 not in found:
+        there = ", ".join(str(s) for s in [1, *(s + 1 for s in found if s + 1 in run.rollout_steps())])
+        raise ConfigError("--step", f"step {step} starts from the checkpoint of step {step - 1}, which is not kept", f"there is: {there}")
+    groups = groups_of(run.read_rollouts(step))
+    checked = plan(config)
+    folder = resolve_model(config.model.path, config.model.cache_dir, config.model.revision)
+    learner = make_learner(checked, make_policy(config, folder, make_tokenizer(folder, config), machine(config)))
+    if step > 1:
+        state = checkpoint.load(run, step - 1)
+        learner.policy.load_state(state["policy"])
+        learner.load_state(state["learner"])
+    then = next((row for row in run.read_metrics() if row["step"] == step and "policy/loss" in row), {})
+    return then, learner.learn(groups)[1]
 
 
 def evaluate(config: Config, folder: str, samples: int | None = None) -> tuple[dict[str, float], tuple[Group, ...]]:

@@ -23,6 +23,9 @@ examples:
   grpo train r1_zero_arithmetic algo=dapo --dry-run   the formula it would train, in words and numbers
   grpo train runs/r1_zero_arithmetic/first            go on from its last checkpoint
   grpo eval runs/r1_zero_arithmetic/first
+  grpo score --reward math completions.jsonl --out scored.jsonl
+  grpo show runs/r1_zero_arithmetic/first --worst
+  grpo replay runs/r1_zero_arithmetic/first --reward ./my_rewards.py:brevity
   grpo recipes show r1_zero_arithmetic
 """
 
@@ -58,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="grpo", description=(__doc__ or "").splitlines()[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = top.add_subparsers(title="commands", required=True, metavar="{train,eval,recipes}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="{train,eval,score,show,replay,recipes}")
 
     train = commands.add_parser("train", help="run a recipe, or go on with a run folder")
     train.add_argument("recipe", help="a built-in recipe, a YAML file, or a run folder")
@@ -75,6 +78,42 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=int, help="completions a problem; default: eval.samples")
     evaluate.add_argument("--out", type=Path, help="write every completion with its scores to this JSON-lines file")
     evaluate.set_defaults(command=_eval)
+
+    score = commands.add_parser("score", help="score a file of completions with a reward, or compare two rewards on it")
+    score.add_argument("file", type=Path, help="JSON lines, one object a completion")
+    score.add_argument("--reward", required=True, help="math, format, …; an import path or file.py:function; `key=value` behind it")
+    score.add_argument("--out", type=Path, help="write the rows with score, outcome, extracted and seconds to this file")
+    score.add_argument("--completion-key", default="completion", help="the key of the completion's text")
+    score.add_argument("--gold-key", help="the key of the gold answer; default: gold; '' if the reward needs none")
+    score.add_argument("--prompt-key", default="prompt", help="the key of the prompt, which may be missing")
+    score.add_argument("--gold", action="store_true", help="score the gold answers themselves: each must give 1")
+    score.add_argument("--gold-template", help=r"how a model would write the gold answer {}; default for math: '\boxed{{}}'")
+    score.add_argument("--compare", metavar="OTHER", help="another reward, or MODULE:FUNCTION called as f(gold, completion)")
+    score.add_argument("--workers", type=int, default=0, help="processes that score; 0: one a core")
+    score.add_argument("--prefix", default="", help="put before the names of the added columns")
+    score.set_defaults(command=_score)
+
+    show = commands.add_parser("show", help="print rollouts of a run with their scores, advantages and texts")
+    show.add_argument("run", help="a run folder")
+    show.add_argument("--step", type=int, help="default: the last one")
+    show.add_argument("--eval", action="store_true", help="those of the evaluations instead of training")
+    order = show.add_mutually_exclusive_group()
+    order.add_argument("--best", action="store_true", help="the highest rewards first")
+    order.add_argument("--worst", action="store_true", help="the lowest rewards first")
+    show.add_argument("--problem", metavar="ID", default="", help="only the group of this problem")
+    show.add_argument("--outcome", default="", help="only where some reward part had this outcome, e.g. timeout")
+    show.add_argument("--limit", type=int, default=5, help="how many to print (default 5)")
+    show.add_argument("--whole", action="store_true", help="whole prompts, not only their ends")
+    show.set_defaults(command=_show)
+
+    replay = commands.add_parser("replay", help="score a run's stored rollouts again with a changed reward, or make an update again")
+    replay.add_argument("run", help="a run folder")
+    replay.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. reward.format.weight=0.5; nothing is written to the run")
+    replay.add_argument("--reward", help="a preset of recipes/reward, an import path or file.py:function; default: the run's own")
+    replay.add_argument("--step", type=int, help="one step; default: all (with --train: 1)")
+    replay.add_argument("--train", action="store_true", help="make the update of the step again and compare its metrics")
+    replay.add_argument("--limit", type=int, default=5, help="changed judgements to print (default 5)")
+    replay.set_defaults(command=_replay)
 
     recipes = commands.add_parser("recipes", help="list the built-in recipes, or show every key of one with its meaning")
     recipes.add_argument("action", nargs="?", choices=["list", "show"], default="list")
@@ -183,6 +222,50 @@ def _eval(options: argparse.Namespace) -> int:
     for name, value in sorted(metrics.items()):
         if name not in ("eval/pass@1", "eval/pass@1_ci95"):
             print(f"  {name.removeprefix('eval/'):<24} {value:.4g}")
+    return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    from grpo.score import Task, run
+
+    settings = {name: value for name, value in vars(options).items() if name != "command"}
+    return run(Task(**settings))
+
+
+def _show(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from grpo.run import RunFolder
+    from grpo.show import Choice, show
+
+    choice = Choice(
+        step=options.step,
+        folder="eval" if options.eval else "rollouts",
+        worst=options.worst,
+        best=options.best,
+        problem=options.problem,
+        outcome=options.outcome,
+        limit=options.limit,
+        whole=options.whole,
+    )
+    show(RunFolder.open(Path(options.run)), choice, Console())
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from grpo.recipe import load_run
+    from grpo.run import RunFolder
+
+    run = RunFolder.open(Path(options.run))
+    config = load_run(run.path, options.overrides, options.reward)
+    from grpo import build, replay
+
+    if options.train:
+        stored, fresh = build.retrain(config, run, 1 if options.step is None else options.step)
+        print(replay.compare_updates(stored, fresh))
+        return 0
+    steps = run.rollout_steps() if options.step is None else [options.step]
+    print(replay.report(build.rescore(config, run, steps), options.limit))
     return 0
 
 

@@ -80,7 +80,7 @@ class RunConfig:
     seed: int = doc("seeds problems, sampling and anything else random", 0)
     steps: int = doc("training steps; one step = rollouts, rewards, update", 100)
     checkpoint_every: int = doc("steps between checkpoints; the last step always has one", 10)
-    keep_checkpoints: int = doc("checkpoints kept with their optimiser state; the best by evaluation is kept beside them", 1)
+    keep_checkpoints: int = doc("checkpoints kept with their optimiser state; the best by evaluation is kept beside them", 2)
     resume: bool = doc("go on from the last checkpoint of this run folder", False)
 
 

@@ -22,7 +22,8 @@ from rich.text import Text
 
 from grpo.loggers import Advantages, Logger
 from grpo.metrics import best_and_worst, duration, headline, mean, series
-from grpo.run import RunFolder, rollout_key
+from grpo.rollout_table import rollout_key
+from grpo.run import RunFolder
 from grpo.types import Group, Outcome, Rollout, Score
 
 HEADER_EVERY = 20  # rows between two headers, and steps before a warning is repeated

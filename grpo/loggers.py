@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from grpo.config import ConfigError, WandbConfig, WandbMode
-from grpo.run import RolloutKey, RunFolder, rollout_key, write_text
+from grpo.rollout_table import RolloutKey, rollout_key
+from grpo.run import RunFolder, write_text
 from grpo.types import Group
 
 Advantages = Mapping[RolloutKey, float]

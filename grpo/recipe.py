@@ -232,8 +232,8 @@ def to_yaml(composed: DictConfig) -> str:
     return OmegaConf.to_yaml(composed)
 
 
-def load_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration a run was made with, its name and place fixed, with overrides.
+def load_run(folder: Path, overrides: Sequence[str] = (), reward: str | None = None) -> Config:
+    """The configuration a run was made with, its name and place fixed, with overrides; ``reward``: a preset or function instead of its own.
 
     Raises:
         ConfigError: the file is not a configuration of this version, or an override is wrong.
@@ -242,6 +242,8 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
     prepare(overrides)
     try:
         composed = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / "config.yaml"))
+        if reward is not None:
+            OmegaConf.update(composed, "reward", _reward_node(reward), merge=False)
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             if override.key_or_group in groups():
                 raise ConfigError(
@@ -255,6 +257,18 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
     assert isinstance(composed, DictConfig)
     composed.run.dir, composed.run.recipe, composed.run.name = str(folder.parent.parent), folder.parent.name, folder.name
     return to_config(composed)
+
+
+def _reward_node(reward: str) -> DictConfig:
+    """The ``reward`` node of a preset by its name; else one part whose function is ``reward``."""
+    presets = groups()["reward"]
+    if reward in presets:
+        node = OmegaConf.create((resources.files("grpo.recipes") / "reward" / f"{reward}.yaml").read_text(encoding="utf-8"))
+        assert isinstance(node, DictConfig)
+        return node
+    if ":" not in reward and "." not in reward:
+        raise ConfigError("--reward", f"there is no preset {reward!r}", f"there are: {', '.join(presets)}; or name a function")
+    return OmegaConf.create({reward.rpartition(".")[2].rpartition(":")[2]: {"fn": reward}})
 
 
 def sweep(recipe: str, overrides: Sequence[str], job: Callable[[Config], None]) -> None:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from grpo.config import ConfigError
-from grpo.types import Group, Rollout
+from grpo.rollout_table import RolloutKey, rollout_table
+from grpo.types import Group
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-RolloutKey = tuple[str, int]  # (problem id, index of the completion): names a rollout within one step
 RolloutFolder = Literal["rollouts", "eval"]
 
 PACKAGES = ("grpo-toolkit", "torch", "vllm", "ray", "transformers", "wandb")
@@ -202,53 +202,6 @@ class RunFolder:
         return pq.read_table(file, partitioning=None)  # the path is ours: nothing in it is a partition key
 
 
-def rollout_table(
-    step: int,
-    groups: Sequence[Group],
-    advantages: Mapping[RolloutKey, float],
-    extra: Mapping[str, Mapping[RolloutKey, Any]],
-) -> pa.Table:
-    """Rollouts → a table: fixed columns, then three a reward part (``score/…``, ``outcome/…``, ``detail/…``), then ``extra``.
-
-    The types are written out, not inferred: an empty list or a step without one truncated rollout must not change the schema.
-    """
-    import pyarrow as pa
-
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    parts = list(dict.fromkeys(part for rollout in rollouts for part in rollout.scores))
-    columns: dict[str, pa.Array] = {
-        "step": pa.array([step] * len(rollouts), pa.int64()),
-        "problem_id": pa.array([r.problem.id for r in rollouts], pa.string()),
-        "group": pa.array([r.problem.id for r in rollouts], pa.string()),
-        "index": pa.array([r.completion.index for r in rollouts], pa.int32()),
-        "prompt": pa.array([_utf8(r.problem.prompt) for r in rollouts], pa.string()),
-        "answer": pa.array([_utf8(r.problem.answer) for r in rollouts], pa.string()),
-        "completion": pa.array([_utf8(r.completion.text) for r in rollouts], pa.string()),
-        "prompt_ids": pa.array([r.completion.prompt_ids for r in rollouts], pa.list_(pa.int32())),
-        "token_ids": pa.array([r.completion.token_ids for r in rollouts], pa.list_(pa.int32())),
-        "behavior_logprobs": pa.array([r.completion.logprobs for r in rollouts], pa.list_(pa.float32())),
-        "policy_versions": pa.array([r.completion.policy_versions for r in rollouts], pa.list_(pa.int32())),
-        "finish_reason": pa.array([str(r.completion.finish_reason) for r in rollouts], pa.string()),
-        "reward": pa.array([r.reward for r in rollouts], pa.float64()),
-        "advantage": pa.array([advantages.get(rollout_key(r)) for r in rollouts], pa.float64()),
-        "columns": pa.array([_utf8(json.dumps(dict(r.problem.columns), default=str, ensure_ascii=False)) for r in rollouts], pa.string()),
-    }
-    for part in parts:
-        scores = [r.scores.get(part) for r in rollouts]
-        columns[f"score/{part}"] = pa.array([s.value if s else None for s in scores], pa.float64())
-        columns[f"outcome/{part}"] = pa.array([str(s.outcome) if s else None for s in scores], pa.string())
-        columns[f"detail/{part}"] = pa.array([_utf8(s.detail) if s else None for s in scores], pa.string())
-    for column, values in extra.items():
-        if column in columns:
-            raise ValueError(f"extra column {column!r} is a column already: give it another name")
-        columns[column] = pa.array([values.get(rollout_key(r)) for r in rollouts])
-    return pa.table(columns)
-
-
-def rollout_key(rollout: Rollout) -> RolloutKey:
-    return rollout.problem.id, rollout.completion.index
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace a text file whole."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -367,8 +320,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _utf8(text: str) -> str:
-    """Lone surrogates, which a tokenizer may emit, have no UTF-8 form and parquet refuses them: show them as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()

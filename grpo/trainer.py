@@ -7,20 +7,18 @@ and collected by problem id, completions without signal cost no compute, and the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from grpo import checkpoint
-from grpo.batch import Batch, collate
-from grpo.credit import Credit
+from grpo.batch import Batch
 from grpo.data import ProblemSource
 from grpo.interrupt import StopSignal
+from grpo.learner import Learner
 from grpo.loggers import Logger
-from grpo.losses import Loss
 from grpo.metrics import eval_metrics, rollout_metrics
-from grpo.policy import Policy
 from grpo.run import RunFolder
 from grpo.types import Group, Problem
 
@@ -46,13 +44,10 @@ class Settings:
 
     steps: int
     problems_per_step: int
-    updates_per_step: int = 1
     checkpoint_every: int = 10
     keep_checkpoints: int = 1
     eval_every: int = 10
     eval_metric: str = "accuracy"
-    reference_refresh: int = 0
-    mask_truncated: bool = False
 
 
 @dataclass(kw_only=True)
@@ -61,31 +56,24 @@ class Trainer:
 
     settings: Settings
     run: RunFolder
-    policy: Policy
+    learner: Learner
     engine: TakesWeights
     collector: Collector
     evaluator: Collector
     source: ProblemSource
     heldout: Sequence[Problem]
-    credit: Credit
-    loss: Loss
     reward_weights: dict[str, float]
     logger: Logger
-    make_reference: Callable[[], Policy]
     step: int = 0
     best: float = -1.0
     elapsed: float = 0.0
     synced_version: int = -1
-    reference: Policy | None = None
-    reference_age: int = 0
     times: Metrics = field(default_factory=dict)
 
     def train(self, stop: StopSignal) -> None:
         """Go on until ``settings.steps``; on ``Interrupted`` what is done is saved before it travels on."""
         s, started, before, whole = self.settings, time.monotonic(), self.elapsed, True
         try:
-            if (self.loss.needs_reference or self.credit.needs_reference) and self.reference is None:
-                self.reference = self.make_reference()
             if self.evaluation_due() and not self.evaluated():  # at the start; or cut off when the run was stopped
                 self.logger.log(self.step, self.evaluate(stop))
             for step in range(self.step + 1, s.steps + 1):
@@ -100,11 +88,10 @@ class Trainer:
                 self.times |= self.collector.timings
                 whole = False  # from here on the policy may be half a step ahead
                 with self.timed("update"):
-                    batch = self.prepare(collate(groups, tuple(self.credit.part_weights)))
-                    updates = [self.update(minibatch) for minibatch in batch.minibatches(s.updates_per_step)]
+                    batch, updates = self.learner.learn(groups, self.logger.phase)
                 self.step, whole = step, True
-                metrics = rollout_metrics(groups, s.eval_metric, self.reward_weights) | merge_metrics(updates)
-                if s.mask_truncated:
+                metrics = rollout_metrics(groups, s.eval_metric, self.reward_weights) | updates
+                if self.learner.mask_truncated:
                     metrics["rollout/masked_truncated"] = float(sum(r.completion.truncated for g in groups for r in g.rollouts))
                 try:
                     self.record(groups, batch)
@@ -122,32 +109,12 @@ class Trainer:
                 self.save()
             raise
 
-    def prepare(self, batch: Batch) -> Batch:
-        """Add what the objective asks for: the log-probs of the policies it compares with, and advantages."""
-        if self.reference is not None:
-            batch = replace(batch, reference_logprobs=self.reference.score(batch).logprobs)
-        batch = replace(batch, advantages=self.credit(batch))
-        if self.settings.mask_truncated:  # after the advantages: a truncated completion was still an answer to compare with
-            batch = batch.without_truncated()
-        if self.settings.updates_per_step > 1 and not self.loss.anchor_is_behavior:  # with one update it is the policy itself
-            batch = replace(batch, proximal_logprobs=self.policy.score(batch).logprobs)
-        return batch
-
-    def update(self, minibatch: Batch) -> Metrics:
-        self.logger.phase("updating")
-        metrics = self.policy.update(minibatch, self.loss)
-        metrics["policy/empty_updates"] = float(metrics["policy/trained_rollouts"] == 0)
-        self.reference_age += 1
-        if self.reference is not None and self.settings.reference_refresh and self.reference_age >= self.settings.reference_refresh:
-            self.reference, self.reference_age = self.make_reference(), 0
-        return metrics
-
     def sync(self) -> None:
         """Give the engine the policy's weights unless it has them. The version is the number of steps behind them."""
         if self.synced_version != self.step:
             with self.timed("sync"):
                 self.logger.phase("loading weights")
-                self.engine.load_weights(self.policy.weights(), version=self.step)
+                self.engine.load_weights(self.learner.policy.weights(), version=self.step)
                 self.synced_version = self.step
 
     def evaluation_due(self) -> bool:
@@ -165,7 +132,7 @@ class Trainer:
         metrics = eval_metrics(groups, self.settings.eval_metric)
         self.run.write_rollouts(self.step, groups, folder="eval")
         if metrics["eval/pass@1"] > self.best:
-            checkpoint.save_model(self.policy, self.run.best_checkpoint)
+            checkpoint.save_model(self.learner.policy, self.run.best_checkpoint)
             self.best = metrics["eval/pass@1"]
         return metrics
 
@@ -184,21 +151,18 @@ class Trainer:
             state = {
                 "position": self.source.position,
                 "elapsed": self.elapsed,
-                "reference_age": self.reference_age,
-                "reference": self.reference.state() if self.reference is not None else None,
+                "learner": self.learner.state(),
             }
-            checkpoint.save(self.run, self.step, self.policy, state, self.settings.keep_checkpoints)
+            checkpoint.save(self.run, self.step, self.learner.policy, state, self.settings.keep_checkpoints)
 
-    def restore(self) -> None:
-        """Go on from the run's last checkpoint."""
-        state = checkpoint.load_last(self.run)
-        self.policy.load_state(state["policy"])
+    def restore(self, step: int) -> None:
+        """Go on from the checkpoint of ``step``."""
+        state = checkpoint.load(self.run, step)
+        self.learner.policy.load_state(state["policy"])
         self.step, self.source.position = state["step"], state["position"]
-        self.elapsed, self.reference_age = state["elapsed"], state["reference_age"]
+        self.elapsed = state["elapsed"]
+        self.learner.load_state(state["learner"])
         self.best = max((row["eval/pass@1"] for row in self.run.read_metrics() if row.get("eval/pass@1", -1.0) >= 0), default=-1.0)
-        if state["reference"] is not None:
-            self.reference = self.make_reference()
-            self.reference.load_state(state["reference"])
 
     def progress(self, groups: Sequence[Group], seconds: float) -> Metrics:
         tokens = sum(len(r.completion.token_ids) for g in groups for r in g.rollouts)
@@ -217,19 +181,3 @@ class Trainer:
         start = time.monotonic()
         yield
         self.times[name] = self.times.get(name, 0.0) + time.monotonic() - start
-
-
-def merge_metrics(updates: Sequence[Metrics]) -> Metrics:
-    """Several updates of one step → one row: maxima of ``…_max``, sums of counts, means of the rest, each where it exists."""
-    values: dict[str, list[float]] = {}
-    for update in updates:
-        for name, value in update.items():
-            values.setdefault(name, []).append(value)
-    return {name: _merged(name, found) for name, found in sorted(values.items())}
-
-
-def _merged(name: str, values: Sequence[float]) -> float:
-    if name.endswith("_max"):
-        return max(values)
-    total = sum(values)
-    return total if name in ("policy/trained_rollouts", "policy/empty_updates", "throughput/update_tokens") else total / len(values)

@@ -25,6 +25,8 @@ from grpo.batch import Batch, collate
 from grpo.losses import Loss, TokenScores
 from grpo.types import Completion, FinishReason, Group, Problem, Rollout
 
+pytestmark = pytest.mark.slow  # TRL is a large import
+
 LOW, HIGH, BETA, MAX_LENGTH = 0.2, 0.28, 0.04, 9
 CLIPPED = partial(objectives.clipped_surrogate, clip_low=LOW, clip_high=HIGH)
 lengths = st.lists(st.lists(st.integers(1, MAX_LENGTH), min_size=2, max_size=4), min_size=1, max_size=3)

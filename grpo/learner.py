@@ -1,0 +1,91 @@
+"""What happens to a step's groups: advantages, the log-probs to compare with, the updates, the reference that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grpo.batch import Batch, collate
+from grpo.credit import Credit
+from grpo.losses import Loss
+from grpo.policy import Policy
+from grpo.types import Group
+
+Metrics = dict[str, float]
+
+
+@dataclass(kw_only=True)
+class Learner:
+    """One policy, its objective and its reference.
+
+    Attributes:
+        updates_per_step: optimiser updates made from the rollouts of one step.
+        reference_refresh: optimiser updates after which the reference becomes the policy, as the R1 paper counts; 0: never.
+        mask_truncated: completions cut off by the token limit take no part in the loss.
+        make_reference: a frozen copy of the policy as it is now.
+    """
+
+    policy: Policy
+    credit: Credit
+    loss: Loss
+    make_reference: Callable[[], Policy]
+    updates_per_step: int = 1
+    reference_refresh: int = 0
+    mask_truncated: bool = False
+    reference: Policy | None = None
+    reference_age: int = 0
+
+    def learn(self, groups: Sequence[Group], phase: Callable[[str], None] = lambda name: None) -> tuple[Batch, Metrics]:
+        """All updates of one step: (the batch with its advantages, the metrics of the updates as one row)."""
+        if (self.loss.needs_reference or self.credit.needs_reference) and self.reference is None:
+            self.reference = self.make_reference()
+        phase("preparing")
+        batch = self.prepare(collate(groups, tuple(self.credit.part_weights)))
+        phase("updating")
+        return batch, merge_metrics([self.update(minibatch) for minibatch in batch.minibatches(self.updates_per_step)])
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Add what the objective asks for: the log-probs of the policies it compares with, and advantages."""
+        if self.reference is not None:
+            batch = replace(batch, reference_logprobs=self.reference.score(batch).logprobs)
+        batch = replace(batch, advantages=self.credit(batch))
+        if self.mask_truncated:  # after the advantages: a truncated completion was still an answer to compare with
+            batch = batch.without_truncated()
+        if self.updates_per_step > 1 and not self.loss.anchor_is_behavior:  # with one update the proximal policy is the policy
+            batch = replace(batch, proximal_logprobs=self.policy.score(batch).logprobs)
+        return batch
+
+    def update(self, minibatch: Batch) -> Metrics:
+        metrics = self.policy.update(minibatch, self.loss)
+        metrics["policy/empty_updates"] = float(metrics["policy/trained_rollouts"] == 0)
+        self.reference_age += 1
+        if self.reference is not None and self.reference_refresh and self.reference_age >= self.reference_refresh:
+            self.reference, self.reference_age = self.make_reference(), 0
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, the policy aside."""
+        return {"reference_age": self.reference_age, "reference": None if self.reference is None else self.reference.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.reference_age = state["reference_age"]
+        if state["reference"] is not None:
+            self.reference = self.make_reference()
+            self.reference.load_state(state["reference"])
+
+
+def merge_metrics(updates: Sequence[Metrics]) -> Metrics:
+    """Several updates of one step → one row: maxima of ``…_max``, sums of counts, means of the rest, each where it exists."""
+    values: dict[str, list[float]] = {}
+    for update in updates:
+        for name, value in update.items():
+            values.setdefault(name, []).append(value)
+    return {name: _merged(name, found) for name, found in sorted(values.items())}
+
+
+def _merged(name: str, values: Sequence[float]) -> float:
+    if name.endswith("_max"):
+        return max(values)
+    total = sum(values)
+    return total if name in ("policy/trained_rollouts", "policy/empty_updates", "throughput/update_tokens") else total / len(values)
