@@ -244,6 +244,7 @@ def load_run(folder: Path, overrides: Sequence[str] = (), reward: str | None = N
         composed = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / "config.yaml"))
         if reward is not None:
             OmegaConf.update(composed, "reward", _reward_node(reward), merge=False)
+            composed.eval.problems = 0  # eval.metric may name a part that this reward does not have
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             if override.key_or_group in groups():
                 raise ConfigError(

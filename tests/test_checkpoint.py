@@ -53,11 +53,11 @@ def test_a_checkpoint_comes_back_and_the_oldest_goes(run: RunFolder) -> None:
 )
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run: RunFolder, damage: Any, says: str) -> None:
     damage(run.checkpoint(3))
-    with pytest.warns(UserWarning, match=f"checkpoint of step 3: {says}.*going back to the one before"):
+    with pytest.warns(UserWarning, match=rf"checkpoint of step 3: {says}.*going back to the one before"):
         assert checkpoint.last_sound_step(run) == 2
     assert checkpoint.load(run, 2)["position"] == 20
     damage(run.checkpoint(2))
-    with pytest.warns(UserWarning), pytest.raises(ConfigError, match="none of the checkpoints in .* is sound"):
+    with pytest.warns(UserWarning), pytest.raises(ConfigError, match=r"none of the checkpoints in .* is sound"):
         checkpoint.last_sound_step(run)
 
 

@@ -1,0 +1,122 @@
+"""``grpo show`` and ``grpo replay`` on a real run of the tiny model, and a table of rollouts there and back."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from grpo.build import train
+from grpo.cli import main
+from grpo.recipe import load_recipe
+from grpo.rollout_table import groups_of, rollout_table
+from grpo.run import RunFolder
+from grpo.types import Completion, FinishReason, Group, Outcome, Problem, Rollout, Score
+
+REWARDS = '''
+def digits(completion, problem):
+    return sum(c.isdigit() for c in completion.text) / max(len(completion.text), 1)
+
+def broken(completion, problem):
+    if completion.index == 1:
+        raise RuntimeError("a bug of mine")
+    return 1.0
+'''
+RECIPE = """\
+defaults: [schema, {{algo: deepseek_r1}}, {{model: hub}}, {{data: sums}}, {{rollout: hf}}, {{logger: quiet}}, _self_]
+run: {{steps: 3, checkpoint_every: 2}}
+model: {{path: "{model}", precision: fp32}}
+data: {{problems: {{heldout: 20, size: 50}}, template: "{{question}} ="}}
+reward: {{digits: {{fn: "{folder}/my_rewards.py:digits"}}}}
+rollout: {{problems_per_step: 4, completions_per_problem: 3, max_new_tokens: 8}}
+algo: {{reference_refresh: 3}}
+optim: {{lr: 1.0e-3, updates_per_step: 2}}
+eval: {{every: 0, problems: 3, metric: digits}}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> RunFolder:
+    folder = tmp_path_factory.mktemp("replay")
+    (folder / "my_rewards.py").write_text(REWARDS)
+    (folder / "recipe.yaml").write_text(RECIPE.format(model=tiny_model, folder=folder))
+    return train(load_recipe(str(folder / "recipe.yaml"), f"run.dir={folder / 'runs'}")).run
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
+    assert main(list(words)) == status
+    out = capsys.readouterr()
+    return out.out if status == 0 else out.err
+
+
+def test_groups_survive_a_table_and_back() -> None:
+    problem = Problem(id="p/1", prompt="1 + 1 =", answer="2", columns={"a": 1, "b": [1, "x"]})
+    completion = Completion(
+        problem_id="p/1",
+        index=3,
+        prompt_ids=(4, 5),
+        token_ids=(6, 7),
+        text=" 2",
+        logprobs=(-0.5, -0.25),
+        policy_versions=(8, 9),
+        finish_reason=FinishReason.length,
+    )
+    scores = {"right": Score(value=1.0, detail="2"), "slow": Score(value=0.5, outcome=Outcome.timeout, detail="took 5 s")}
+    group = Group(problem=problem, rollouts=(Rollout(problem=problem, completion=completion, scores=scores, reward=1.5),))
+    assert groups_of(rollout_table(7, [group], {}, {})) == (group,)
+    failed = {"right": Score(value=math.nan, outcome=Outcome.error)}
+    unscored = Rollout(problem=problem, completion=completion, scores=failed, reward=math.nan)
+    (back,) = groups_of(rollout_table(7, [Group(problem=problem, rollouts=(unscored,))], {}, {}))
+    assert math.isnan(back.rollouts[0].reward) and back.rollouts[0].scores["right"].outcome is Outcome.error
+
+
+def test_show_orders_and_limits(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run.read_rollouts(3).to_pylist()
+    text = said(capsys, "show", str(run.path), "--best", "--limit", "12")
+    shown = [float(line.split(" · ")[0].removeprefix("reward ")) for line in text.splitlines() if line.startswith("reward ")]
+    assert shown == pytest.approx(sorted((row["reward"] for row in rows), reverse=True), rel=1e-4)
+    assert text.startswith("step 3: 12 completions of 4 problems") and "weights of step 2" in text
+    text = said(capsys, "show", str(run.path), "--worst", "--step", "1", "--limit", "2")
+    assert "… and 10 more (--limit)" in text and "weights of step 0" in text
+    text = said(capsys, "show", str(run.path), "--problem", rows[0]["problem_id"])
+    assert text.count("· completion") == 3
+    assert "· completion" not in said(capsys, "show", str(run.path), "--outcome", "timeout")
+    assert said(capsys, "show", str(run.path), "--eval", "--step", "0").startswith("step 0: 3 completions")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--step", "9"], "--step: there is no step 9 in rollouts\n  → there are 1–3"),
+        (["--problem", "nope"], "--problem: there is no problem 'nope' in this step\n  → there are: train/"),
+        (["--outcome", "late"], "--outcome: there is no outcome 'late'\n  → there are: ok, wrong_format, timeout"),
+    ],
+)
+def test_show_names_what_there_is(run: RunFolder, capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
+    assert says in said(capsys, "show", str(run.path), *words, status=1)
+
+
+def test_replay_with_the_same_reward_changes_nothing(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "replay", str(run.path))
+    assert "36 rollouts of 3 steps, scored again" in text and "rewards that changed   0 (0.0%)" in text
+    assert "0 gain a signal, 0 lose it" in text
+
+
+def test_replay_with_another_reward_reports_the_differences(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = f"{run.path.parents[2] / 'my_rewards.py'}:broken"
+    text = said(capsys, "replay", str(run.path), "--step", "2", "--reward", broken)
+    assert "12 rollouts of 1 steps" in text
+    assert "unscored               0 → 4" in text, "one of three completions of each of four problems"
+    assert "RuntimeError: a bug of mine" in text
+    assert "0 gain a signal" in text, "all that could be scored are equal"
+
+
+def test_an_update_made_again_is_the_same_to_the_bit(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two updates a step, a reference that was refreshed in between, from the checkpoint of step 2; and the first step from nothing."""
+    for step in ("3", "1"):
+        text = said(capsys, "replay", str(run.path), "--train", "--step", step)
+        assert "policy/grad_norm" in text and "policy/kl" in text and "differs" not in text
+    text = said(capsys, "replay", str(run.path), "--train", "--step", "1", "algo.objective.clip_high=0.0", "algo.objective.clip_low=0.0")
+    assert "policy/clip_share" in text and "differs by" in text
+    error = said(capsys, "replay", str(run.path), "--train", "--step", "2", status=1)
+    assert "step 2 starts from the checkpoint of step 1, which is not kept\n  → there is: 1, 3" in error
