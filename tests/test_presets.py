@@ -1,0 +1,172 @@
+"""Every preset, as its YAML is composed, against the paper's formula as plain loops (tests/paper_losses.py): loss and gradient, float64."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grpo.batch import Batch, collate
+from grpo.credit import Credit
+from grpo.losses import Loss, TokenScores
+from grpo.plan import plan
+from grpo.recipe import groups, load_recipe
+from grpo.types import Completion, FinishReason, Group, Problem, Rollout
+
+
+def _paper_losses() -> ModuleType:
+    """The file beside this one; tests are imported by path, so that it is on no import path."""
+    spec = importlib.util.spec_from_file_location("paper_losses", Path(__file__).with_name("paper_losses.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+papers = _paper_losses()
+PRESETS = groups()["algo"]
+BOUND = {"rtol": 1e-9, "atol": 1e-14}
+completion_lengths = st.lists(st.lists(st.integers(1, papers.MAX_TOKENS), min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+@functools.cache
+def preset(name: str) -> tuple[Credit, Loss]:
+    made = plan(load_recipe("r1_zero_arithmetic", f"algo={name}", f"rollout.max_new_tokens={papers.MAX_TOKENS}"))
+    return made.credit(), made.loss()
+
+
+@dataclass(frozen=True)
+class Case:
+    """The same random numbers, once as our batch and once as the papers' loops take them."""
+
+    batch: Batch
+    policy: Tensor
+
+    def ours(self, name: str) -> tuple[Tensor, Tensor]:
+        credit, loss = preset(name)
+        batch = replace(self.batch, advantages=credit(self.batch))
+        leaf = self.policy.clone().requires_grad_()
+        value = loss(TokenScores(logprobs=leaf, entropy=torch.zeros_like(leaf)), batch).loss
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+    def paper(self, name: str) -> tuple[Tensor, Tensor]:
+        leaf = self.policy.clone().requires_grad_()
+        b, tokens = self.batch, self.batch.rollout_index.tolist()
+        assert b.proximal_logprobs is not None and b.reference_logprobs is not None
+        made: dict[int, list[object]] = {}
+        for i, g in enumerate(b.group_index.tolist()):
+            mine = [t for t, owner in enumerate(tokens) if owner == i]
+            columns = [[float(x[t]) for t in mine] for x in (b.proximal_logprobs, b.behavior_logprobs, b.reference_logprobs)]
+            made.setdefault(g, []).append(papers.Completion(float(b.rewards[i]), [leaf[t] for t in mine], *columns))
+        value = papers.PAPERS[name](list(made.values()))
+        return value.detach(), torch.autograd.grad(value, leaf, materialize_grads=True, allow_unused=True)[0]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    rows = draw(completion_lengths)
+    rewards = st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.1, 0.3, 0.95])
+    made = []
+    for g, row in enumerate(rows):
+        problem = Problem(id=f"p{g}", prompt="?", answer="1")
+        rollouts = [
+            Rollout(
+                problem=problem,
+                completion=Completion(
+                    problem_id=problem.id,
+                    index=i,
+                    prompt_ids=(1,),
+                    token_ids=(7,) * n,
+                    text="",
+                    logprobs=(-1.0,) * n,
+                    policy_versions=(0,) * n,
+                    finish_reason=FinishReason.stop,
+                ),
+                scores={},
+                reward=draw(rewards),
+            )
+            for i, n in enumerate(row)
+        ]
+        made.append(Group(problem=problem, rollouts=tuple(rollouts)))
+    batch, noise = collate(made), torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+
+    def normal(spread: float) -> Tensor:
+        return spread * torch.randn(batch.num_tokens, dtype=torch.float64, generator=noise)
+
+    wide = draw(st.sampled_from([1e-4, 0.1, 1.0]))  # near the anchor, where GSPO's bounds lie; and far from it, where all others do
+    behavior = -normal(1.0).abs() - 0.01
+    proximal = behavior + normal(wide)
+    policy = torch.minimum(proximal + normal(wide), torch.tensor(-1e-3, dtype=torch.float64))
+    reference = behavior + normal(0.5)
+    return Case(
+        batch=replace(batch, behavior_logprobs=behavior, proximal_logprobs=proximal, reference_logprobs=reference), policy=policy
+    )
+
+
+def test_every_preset_has_a_paper() -> None:
+    assert set(papers.PAPERS) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@settings(max_examples=40)
+@given(case=cases())
+def test_loss_and_gradient_are_the_papers(name: str, case: Case) -> None:
+    (loss, gradient), (expected, by_logprob) = case.ours(name), case.paper(name)
+    scale = max(1.0, float(case.batch.rewards.abs().max()))  # a loss that cancels to about 0 is compared on the scale of its terms
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9 * scale * 1e-3)
+    torch.testing.assert_close(gradient, by_logprob, **BOUND)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@settings(max_examples=25)
+@given(case=cases(), data=st.data())
+def test_no_split_changes_the_gradient(name: str, case: Case, data: st.DataObject) -> None:
+    """Micro-batches, accumulation, ranks: whatever part computes which completions, the gradients add up to the whole."""
+    credit, loss = preset(name)
+    batch = replace(case.batch, advantages=credit(case.batch))
+    _, whole = case.ours(name)
+    owner = data.draw(st.lists(st.integers(0, 3), min_size=len(batch.rollouts), max_size=len(batch.rollouts)))
+    total = torch.zeros_like(case.policy)
+    for part in range(4):
+        keep = [i for i, p in enumerate(owner) if p == part]
+        tokens = [t for i in keep for t, j in enumerate(batch.rollout_index.tolist()) if i == j]
+        leaf = case.policy[tokens].requires_grad_()
+        value = loss(TokenScores(logprobs=leaf, entropy=torch.zeros_like(leaf)), batch.select(keep)).loss
+        (gradient,) = torch.autograd.grad(value, leaf, materialize_grads=True, allow_unused=True)
+        total[tokens] += gradient
+    torch.testing.assert_close(total, whole, **BOUND)
+
+
+WITHIN_A_GROUP = [name for name in PRESETS if name != "reinforce_pp"]  # whose baseline is the batch
+
+
+@pytest.mark.parametrize("name", WITHIN_A_GROUP)
+@settings(max_examples=25)
+@given(case=cases(), reward=st.floats(-1e6, 1e6))
+def test_equal_rewards_of_any_value_teach_nothing(name: str, case: Case, reward: float) -> None:
+    """Whatever the float: exactly 0, but for a KL term."""
+    credit, loss = preset(name)
+    batch = replace(case.batch, rewards=torch.full_like(case.batch.rewards, reward))
+    advantages = credit(batch)
+    assert advantages.tolist() == [0.0] * batch.num_tokens
+    if not loss.needs_reference:
+        leaf = case.policy.clone().requires_grad_()
+        value = loss(TokenScores(logprobs=leaf, entropy=torch.zeros_like(leaf)), replace(batch, advantages=advantages)).loss
+        assert float(value.detach()) == 0.0 and not torch.autograd.grad(value, leaf)[0].any()
+
+
+@pytest.mark.parametrize("name", WITHIN_A_GROUP)
+def test_a_group_of_one_teaches_nothing(name: str) -> None:
+    rewards, index = torch.tensor([0.7, 1.0, 0.0]), torch.tensor([0, 1, 1])
+    advantage = preset(name)[0].advantage(rewards, index)
+    assert float(advantage[0]) == 0.0 and float(advantage[1]) > 0 > float(advantage[2])
