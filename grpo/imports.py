@@ -76,7 +76,10 @@ def resolve(settings: Mapping[str, Any], key: str, positional: int | None, provi
     Raises:
         ConfigError: naming the key and the remedy.
     """
-    arguments = dict(settings)
+    arguments = {
+        name: resolve(value, f"{key}.{name}", positional) if isinstance(value, Mapping) and "fn" in value else value
+        for name, value in settings.items()
+    }
     target = arguments.pop("fn", None)
     if not isinstance(target, str) or not target:
         raise ConfigError(f"{key}.fn", "is missing", "give an import path or `file.py:function`")
@@ -90,10 +93,28 @@ def resolve(settings: Mapping[str, Any], key: str, positional: int | None, provi
             f"{key}.fn", f"{target!r} failed while it was imported: {type(error).__name__}: {error}", "correct the file"
         ) from error
     _check_signature(function, arguments, key, target, positional, provided)
+    _check_arguments(function, arguments, key, positional, provided)
     if ref.source is not None:  # the path must mean the same from any working directory
         path, _, name = target.rpartition(":")
         ref = FunctionRef(target=f"{Path(path).expanduser().resolve()}:{name}", source=ref.source, kwargs=arguments)
     return ref
+
+
+def _check_arguments(
+    function: Callable[..., Any], arguments: Mapping[str, Any], key: str, positional: int | None, provided: tuple[str, ...]
+) -> None:
+    """What the function itself says of its arguments' values: its ``check_arguments``, if it has one, takes them by name."""
+    check = getattr(function, "check_arguments", None)
+    if check is None:
+        return
+    bound = inspect.signature(function).bind(*([None] * (positional or 0)), **dict.fromkeys(provided), **arguments)
+    bound.apply_defaults()
+    called_with = list(bound.arguments)[: positional or 0]
+    values = {name: value for name, value in bound.arguments.items() if name not in (*called_with, *provided)}
+    try:
+        check(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(key, str(error), "correct the argument; docs/rewards.md says what each one means") from error
 
 
 def _read_source(target: str, key: str) -> str | None:

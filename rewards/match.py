@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from grpo.types import Completion, Problem
+from grpo.rewards.arguments import checked_by, flag, one_of
+from grpo.rewards.text import PARTS, part_of
+from grpo.types import Completion, Outcome, Problem, Score
 
 
-def exact_match(completion: Completion, problem: Problem) -> float:
-    """1 if the completion is the answer and nothing else – no space, no word more – else 0."""
-    return float(completion.text == problem.answer)
+def _check(part: str, strip: bool, ignore_case: bool) -> None:
+    one_of("part", part, PARTS)
+    flag("strip", strip)
+    flag("ignore_case", ignore_case)
+
+
+@checked_by(_check)
+def exact_match(completion: Completion, problem: Problem, part: str = "all", strip: bool = False, ignore_case: bool = False) -> Score:
+    """1 if the completion is the answer and nothing else – no space, no word more – else 0.
+
+    Args:
+        part: what is compared: ``all`` of the text, what is ``final`` (after thinking), or the ``answer`` between its tags. A
+            completion without that part scores 0 with outcome ``wrong_format``.
+        strip: white space around either side does not count.
+        ignore_case: nor do upper and lower case.
+    """
+    _check(part, strip, ignore_case)
+    said = part_of(completion, problem, part)
+    if said is None:
+        return Score(value=0.0, outcome=Outcome.wrong_format, detail=f"no {part} part")
+    written, wanted = (_normalize(text, strip, ignore_case) for text in (said, problem.answer))
+    return Score(value=float(written == wanted))
+
+
+def _normalize(text: str, strip: bool, ignore_case: bool) -> str:
+    text = text.strip() if strip else text
+    return text.casefold() if ignore_case else text
 
 
 def prefix_match(completion: Completion, problem: Problem) -> float:
