@@ -22,6 +22,7 @@ from grpo.card import objective_card
 from grpo.config import Config, ConfigError, EngineName, Layout, Precision, WandbMode
 from grpo.console import ConsoleLogger
 from grpo.data import ProblemSource
+from grpo.environment import usable_cores
 from grpo.interrupt import StopSignal
 from grpo.learner import Learner
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
@@ -65,7 +66,7 @@ def machine(config: Config) -> Machine:
     wanted = config.model.precision
     fast_bf16 = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     bf16 = wanted is Precision.bf16 or (wanted is Precision.auto and fast_bf16)
-    return Machine(device=device, dtype_name="bfloat16" if bf16 else "float32", cores=len(os.sched_getaffinity(0)))
+    return Machine(device=device, dtype_name="bfloat16" if bf16 else "float32", cores=usable_cores())
 
 
 def make_tokenizer(folder: str, config: Config) -> Any:

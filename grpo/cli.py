@@ -125,6 +125,8 @@ def parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> int:
     from grpo.recipe import compose_recipe, load_recipe, load_run, to_yaml
 
+    if options.multirun and (options.cfg or options.dry_run or Path(options.recipe, "config.yaml").is_file()):
+        raise ConfigError("--multirun", "goes with a recipe alone", "leave out --cfg and --dry-run; a run folder is one run")
     if Path(options.recipe, "config.yaml").is_file():
         config = load_run(Path(options.recipe), options.overrides)
         config.run.resume = True

@@ -88,6 +88,25 @@ def _small_shm() -> str | None:
     )
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: those it is bound to, and no more than its container's share of CPU time; 1 at least."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cpu_quota(Path("/sys/fs/cgroup"))
+    return bound if quota is None else max(1, min(bound, int(quota)))
+
+
+def _cpu_quota(cgroup: Path) -> float | None:
+    """CPUs' worth of time a container gets, by cgroup v2 or v1; None: no limit."""
+    try:
+        if (file := cgroup / "cpu.max").is_file():
+            quota, period = file.read_text().split()
+            return None if quota == "max" else int(quota) / int(period)
+        quota = (cgroup / "cpu" / "cpu.cfs_quota_us").read_text()
+        return None if int(quota) <= 0 else int(quota) / int((cgroup / "cpu" / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None  # no control groups, or none that limit
+
+
 def available_memory() -> int | None:
     """Bytes that this process can still get: of the machine, and of its container if that has a limit. None: unknown."""
     limits = []

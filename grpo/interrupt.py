@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: stop where nothing is lost. A second Ctrl-C stops at once."""
+"""Ctrl-C, SIGTERM and a closed terminal: stop where nothing is lost. A second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Interrupted(BaseException):
 
 
 class StopSignal:
-    """While entered, SIGINT and SIGTERM raise ``Interrupted`` – at once inside ``anywhere()``, else at the next ``check()``.
+    """While entered, SIGINT, SIGTERM and SIGHUP raise ``Interrupted`` – at once inside ``anywhere()``, else at the next ``check()``.
 
     Rollouts can be cut off anywhere; an optimiser step or a checkpoint must be finished first.
     """
@@ -32,7 +32,9 @@ class StopSignal:
     def take(self) -> None:
         """Install the handlers, again if need be: ``ray.init`` puts its own in their place."""
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals, and neither do we
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # nohup: the run is meant to outlive its terminal
                 self._before.setdefault(number, signal.getsignal(number))
                 signal.signal(number, self._handle)
 

@@ -75,6 +75,10 @@ def locate(recipe: str) -> tuple[Path | None, str]:
     file = Path(recipe).expanduser().resolve()
     if not file.is_file():
         raise ConfigError("recipe", f"the file {recipe!r} does not exist (looked in {Path.cwd()})", "check the path")
+    if file.suffix == ".yml":
+        raise ConfigError("recipe", f"{file.name} ends in .yml, and Hydra reads .yaml alone", f"rename it to {file.stem}.yaml")
+    if (file.parent / "schema.yaml").exists():
+        raise ConfigError("recipe", f"beside {file.name} stands a schema.yaml, which Hydra would take for ours", "rename or move it")
     if file.stem in built_in():
         raise ConfigError("recipe", f"{file.name} has the name of a built-in recipe, which Hydra would load instead", "rename your file")
     return file.parent, file.stem

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from grpo.config import ConfigError
+from grpo.environment import usable_cores
 from grpo.rollout_table import RolloutKey, rollout_table
 from grpo.types import Group
 
@@ -54,7 +55,7 @@ class RunFolder:
         path = root / recipe / name
         if resume:
             return cls.open(path)
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any((path / mark).exists() for mark in ("metrics.jsonl", "checkpoints", "rollouts", "eval")):
             raise ConfigError("run.name", f"{str(path)!r} holds a run already", "choose another name, or go on with it: run.resume=true")
         _make_folder(path, exist_ok=True)
         return cls(path)
@@ -227,7 +228,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": list(_gpu_models()),
         "packages": {package: _version(package) for package in PACKAGES},

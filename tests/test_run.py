@@ -156,7 +156,14 @@ def test_a_run_without_a_name_gets_the_time_and_a_folder_of_its_own(tmp_path: Pa
     assert all(folder.path.is_dir() and folder.recipe == "recipe" for folder in folders)
 
 
+def test_a_start_that_failed_does_not_block_its_name(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "recipe", "name")
+    run.write_config("a: 1\n")  # then the model could not be loaded, say
+    assert RunFolder.create(tmp_path, "recipe", "name") == run
+
+
 def test_a_run_is_not_overwritten_but_can_be_resumed(tmp_path: Path, run: RunFolder) -> None:
+    run.append_metrics({"step": 0})
     with pytest.raises(ConfigError, match=r"run.name: .* holds a run already\n.*run.resume=true"):
         RunFolder.create(tmp_path, "recipe", "name")
     assert RunFolder.create(tmp_path, "recipe", "name", resume=True) == run
