@@ -32,7 +32,7 @@ from grpo.plan import Plan, anchor_paths, load_both_splits, load_split, plan, sc
 from grpo.policy import HFPolicy, OptimSettings
 from grpo.replay import StepReplay
 from grpo.report import write_report
-from grpo.rewards.base import parse_reward_config
+from grpo.rewards.health import UnscoredStop
 from grpo.rewards.runtime import RewardRuntime
 from grpo.rollout_table import groups_of
 from grpo.rollouts.collect import Collector
@@ -173,6 +173,11 @@ def make_policy(config: Config, folder: str, tokenizer: Any, where: Machine) -> 
     )
 
 
+def make_runtime(checked: Plan) -> RewardRuntime:
+    s = checked.config.scoring
+    return RewardRuntime(checked.rewards, num_workers=s.workers, cpu_s=s.cpu_s, memory_mb=s.memory_mb)
+
+
 def make_learner(checked: Plan, policy: HFPolicy) -> Learner:
     config = checked.config
     return Learner(
@@ -294,7 +299,7 @@ def assemble(
     train_problems, heldout = early or load_both_splits(checked, chat)
     logger.phase(f"starting {config.rollout.engine}")
     engine = make_engine(config, folder, tokenizer, where, stack, stop)
-    runtime = stack.enter_context(RewardRuntime(checked.rewards))
+    runtime = stack.enter_context(make_runtime(checked))
     logger.phase("loading the policy")
     policy = make_policy(config, folder, tokenizer, where)
     encode = encoder(tokenizer, config.data.chat)
@@ -332,6 +337,7 @@ def assemble(
         source=ProblemSource(train_problems, config.run.seed),
         heldout=heldout[: config.eval.problems],
         reward_weights=checked.reward_weights,
+        graders=UnscoredStop(weights=checked.reward_weights, share=config.scoring.unscored_share),
         logger=logger,
     )
 
@@ -342,10 +348,9 @@ def rescore(config: Config, run: RunFolder, steps: Sequence[int]) -> list[StepRe
     Raises:
         ConfigError: the reward cannot work.
     """
-    parts = parse_reward_config(config.reward)
-    with RewardRuntime(parts) as runtime:
-        weights = {part.name: part.weight for part in parts}
-        return [replay.rescore(step, groups_of(run.read_rollouts(step)), runtime, weights) for step in steps]
+    checked = plan(config)
+    with make_runtime(checked) as runtime:
+        return [replay.rescore(step, groups_of(run.read_rollouts(step)), runtime, checked.reward_weights) for step in steps]
 
 
 def retrain(config: Config, run: RunFolder, step: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -379,7 +384,7 @@ def evaluate(config: Config, folder: str, samples: int | None = None) -> tuple[d
         heldout = load_split(checked, "heldout", chat_format(tokenizer) if config.data.chat else None)[: config.eval.problems]
         collector = Collector(
             engine=make_engine(config, folder, tokenizer, where, stack, stop),
-            runtime=stack.enter_context(RewardRuntime(checked.rewards)),
+            runtime=stack.enter_context(make_runtime(checked)),
             encode=encoder(tokenizer, config.data.chat),
             sampling=eval_sampling(config),
             completions_per_problem=samples or config.eval.samples,

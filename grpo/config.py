@@ -113,6 +113,14 @@ class DataConfig:
 
 
 @dataclass
+class ScoringConfig:
+    workers: int = doc("reward processes on each machine; 0: one a core, 16 at most", 0)
+    cpu_s: float = doc("CPU time of one reward part on one completion; the wall limit is 3 × this + 1 s", 5.0)
+    memory_mb: int = doc("memory a reward process may allocate beyond its imports", 2048)
+    unscored_share: float = doc("the run stops when more than this share of three steps' completions could not be scored; 1: never", 0.2)
+
+
+@dataclass
 class RolloutConfig:
     engine: EngineName = doc("vllm, hf (transformers) or scripted", EngineName.vllm)
     problems_per_step: int = doc("problems drawn each step", 16)
@@ -199,6 +207,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: dict[str, dict[str, Any]] = doc("one entry a part: fn, weight, and the function's arguments", factory=dict)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -252,6 +261,10 @@ def validate(config: Config) -> None:
     check(c.run.checkpoint_every >= 0, "run.checkpoint_every", "it counts steps", "set it to 1 or more; 0 keeps only the last step")
     check(c.run.keep_checkpoints >= 1, "run.keep_checkpoints", "the last one is always kept", "set it to 1 or more")
     check(bool(c.model.path), "model.path", "a model is needed", "give a folder, a hub id, package:… or make:…")
+    check(c.scoring.workers >= 0, "scoring.workers", "it counts processes", "0 is one a core")
+    check(math.isfinite(c.scoring.cpu_s) and c.scoring.cpu_s > 0, "scoring.cpu_s", "it must be a positive number of seconds", "5 is usual")
+    check(c.scoring.memory_mb >= 1, "scoring.memory_mb", "it counts MiB", "2048 is usual")
+    check(0 <= c.scoring.unscored_share <= 1, "scoring.unscored_share", "it is a share", "set it between 0 and 1; 1 never stops")
     for key in ("problems_per_step", "completions_per_problem", "max_new_tokens", "num_engines"):
         check(getattr(c.rollout, key) >= 1, f"rollout.{key}", "it must be at least 1", "raise it")
     for section in ("rollout", "eval"):

@@ -114,6 +114,8 @@ class ConsoleLogger(Logger):
             self._header, self._rows_since_header = header, 0
         self._rows_since_header += 1
         self._print(Text(step_line(columns, {**row, "progress/eta": self._eta()})))
+        if line := time_line(columns, row):
+            self._print(Text(line, style="dim"))
 
     def _print_warnings(self) -> None:
         for sentence in warnings(self._history):
@@ -162,6 +164,18 @@ def header_line(columns: Sequence[Column]) -> str:
 def step_line(columns: Sequence[Column], row: Row) -> str:
     """One step, aligned under ``header_line``; a metric that is missing or not a number shows as a dash."""
     return "  ".join(_cell(column, row.get(column.key, math.nan)).rjust(column.width) for column in columns)
+
+
+def time_line(columns: Sequence[Column], row: Row) -> str:
+    """Where the step's time went, for a terminal too narrow for those columns; empty if they are shown, or unknown."""
+    shown = {column.key for column in columns}
+    phases = [(name, f"time/{name}") for name in ("generate", "reward", "update", "sync", "eval", "checkpoint")]
+    parts = [f"{name} {_seconds(row[key])}" for name, key in phases if key in row and key not in shown]
+    if not parts:
+        return ""
+    if "throughput/problems_per_s" in row and "throughput/problems_per_s" not in shown:
+        parts.append(f"{_significant(row['throughput/problems_per_s'])} problems/s")
+    return "    " + " · ".join(parts)
 
 
 def evaluation_line(metrics: Row, temperature: float) -> str:

@@ -1,17 +1,18 @@
 """How rollouts are laid out for the model, and where each trained token's prediction stands. Nothing else knows of padding.
 
-``padded``         one rollout a row, right-padded: any model; the oracle of the tests.
-``shared_prompt``  a tree: what all prompts begin with, once; then a row a group: the rest of its prompt and every completion, each
-                   seeing the prompt and itself. Needs full attention in every layer.
+``padded``         one rollout a row, right-padded: any causal model; the oracle of the tests.
+``packed``         all rollouts one behind the other in one line, none seeing another: no padding.
+``shared_prompt``  one line that is a tree: what all prompts begin with, once; then, a group at a time, the rest of its prompt, once, and
+                   every completion, each seeing the prompt and itself.
 
-A completion's last token predicts nothing, so it is a target and never an input.
+Which of them a model allows is said by ``grpo.model_support``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -19,7 +20,10 @@ from torch import Tensor
 
 from grpo.batch import Batch
 from grpo.tree_attention import Tree, build_tree
-from grpo.types import Rollout
+from grpo.types import Completion, Rollout
+
+LayoutName = Literal["padded", "packed", "shared_prompt"]
+Rows = Sequence[Sequence[Rollout]]  # the rollouts of a row have one prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +34,157 @@ class ModelInputs:
     position_ids: Int[Tensor, "rows length"]
     gather: Int[Tensor, " tokens"]
     targets: Int[Tensor, " tokens"]
-    attention_mask: Int[Tensor, "rows length"] | None = None  # padded
-    tree: Tree | None = None  # shared_prompt
+    attention_mask: Int[Tensor, "rows length"] | None = None  # padded: 1 where there is a token
+    tree: Tree | None = None  # packed and shared_prompt: who sees whom in the line
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """The keyword argument that tells the model what each token may see."""
+        return {"attention_mask": self.attention_mask} if self.tree is None else {"tree": self.tree}
 
     def to(self, device: torch.device) -> ModelInputs:
         return replace(self, **{name: v.to(device) for name in self.__slots__ if (v := getattr(self, name)) is not None})
+
+
+@dataclass(slots=True)
+class _Line:
+    """A line of tokens being written, and where in it the predictions of the completions' tokens stand."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    gather: list[int] = field(default_factory=list)
+
+    def write(self, tokens: Sequence[int], position: int) -> None:
+        self.ids += tokens
+        self.positions += range(position, position + len(tokens))
+
+    def complete(self, completion: Completion, last_of_prompt: int) -> None:
+        """The shift by one: a completion's first token is predicted by the prompt's last, every other by the one before it.
+
+        So its last token predicts nothing: it is a target and never an input.
+        """
+        start = len(self.ids)
+        self.write(completion.token_ids[:-1], position=len(completion.prompt_ids))
+        self.gather += [last_of_prompt, *range(start, len(self.ids))]
+
+    def inputs(self, rows: Rows, tree: Tree) -> ModelInputs:
+        return ModelInputs(
+            input_ids=torch.tensor([self.ids]),
+            position_ids=torch.tensor([self.positions]),
+            gather=torch.tensor(self.gather),
+            targets=_targets(rows),
+            tree=tree,
+        )
+
+
+def padded(rows: Rows) -> ModelInputs:
+    lines = []
+    for rollout in _flat(rows):
+        lines.append(line := _Line())
+        line.write(rollout.completion.prompt_ids, position=0)
+        line.complete(rollout.completion, last_of_prompt=len(line.ids) - 1)
+    length = max(len(line.ids) for line in lines)
+    return ModelInputs(
+        input_ids=torch.tensor([line.ids + [0] * (length - len(line.ids)) for line in lines]),
+        position_ids=torch.arange(length).expand(len(lines), -1),
+        gather=torch.tensor([y * length + x for y, line in enumerate(lines) for x in line.gather]),
+        targets=_targets(rows),
+        attention_mask=torch.tensor([[1] * len(line.ids) + [0] * (length - len(line.ids)) for line in lines]),
+    )
+
+
+def packed(rows: Rows) -> ModelInputs:
+    line, lengths = _Line(), []
+    for rollout in _flat(rows):
+        start = len(line.ids)
+        line.write(rollout.completion.prompt_ids, position=0)
+        line.complete(rollout.completion, last_of_prompt=len(line.ids) - 1)
+        lengths.append(len(line.ids) - start)
+    return line.inputs(rows, build_tree(0, lengths, [()] * len(lengths)))
+
+
+def shared_prompt(rows: Rows) -> ModelInputs:
+    prompts = [row[0].completion.prompt_ids for row in rows]
+    prefix = common_prefix(prompts)
+    line = _Line()
+    line.write(prompts[0][:prefix], position=0)
+    for prompt, row in zip(prompts, rows, strict=True):
+        line.write(prompt[prefix:], position=prefix)
+        last_of_prompt = len(line.ids) - 1
+        for rollout in row:
+            line.complete(rollout.completion, last_of_prompt)
+    completions = [[len(r.completion.token_ids) - 1 for r in row] for row in rows]
+    return line.inputs(rows, build_tree(prefix, [len(prompt) - prefix for prompt in prompts], completions))
+
+
+LAYOUTS: Mapping[LayoutName, Callable[[Rows], ModelInputs]] = {"padded": padded, "packed": packed, "shared_prompt": shared_prompt}
+
+
+def lay_out(rows: Rows, layout: LayoutName | bool) -> ModelInputs:
+    """Rows of rollouts → tensors; the order of ``gather`` and ``targets`` is that of the rows."""
+    return LAYOUTS[_name(layout)](rows)
+
+
+def microbatches(batch: Batch, layout: LayoutName | bool, budget: int) -> Iterator[list[list[int]]]:
+    """Rows of rollouts (positions in the batch), filled up to ``budget`` input tokens, padding included.
+
+    The longest row comes first, so that memory fails at once if at all. A row that is longer than the budget is alone.
+    """
+    layout = _name(layout)
+    prefix = common_prefix([r.completion.prompt_ids for r in batch.rollouts]) if layout == "shared_prompt" and batch.rollouts else 0
+    filled: list[list[int]] = []
+    used = widest = 0
+    for row in rows(batch, layout, budget):
+        length = row_length(batch, row) - prefix
+        counted = widest if layout == "padded" and filled else length  # rows are padded to the first
+        if filled and used + counted > budget:
+            yield filled
+            filled = []
+        if not filled:
+            used, widest = prefix, length
+            counted = length
+        filled.append(row)
+        used += counted
+    if filled:
+        yield filled
+
+
+def rows(batch: Batch, layout: LayoutName | bool, budget: int) -> list[list[int]]:
+    """Which rollouts stand in which row, longest row first. A row is one rollout or, in ``shared_prompt``, a group.
+
+    A group longer than ``budget`` tokens is cut into several rows, each with the prompt.
+    """
+    if _name(layout) != "shared_prompt":
+        alone = [[i] for i in range(len(batch.rollouts))]
+        return sorted(alone, key=lambda row: -row_length(batch, row))
+    groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for i, rollout in enumerate(batch.rollouts):
+        groups.setdefault((int(batch.group_index[i]), rollout.completion.prompt_ids), []).append(i)
+    out: list[list[int]] = []
+    for (_, prompt), members in groups.items():
+        out.append([])
+        used = len(prompt)
+        for i in members:
+            length = len(batch.rollouts[i].completion.token_ids) - 1
+            if out[-1] and used + length > budget:
+                out.append([])
+                used = len(prompt)
+            out[-1].append(i)
+            used += length
+    return sorted(out, key=lambda row: -row_length(batch, row))
+
+
+def row_length(batch: Batch, row: Sequence[int]) -> int:
+    """Input tokens of a row, its whole prompt included."""
+    completions = [batch.rollouts[i].completion for i in row]
+    return len(completions[0].prompt_ids) + sum(len(c.token_ids) - 1 for c in completions)
+
+
+def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Tokens that all prompts begin with, one less than the shortest at most: each keeps the token that predicts its first."""
+    first, last = min(prompts), max(prompts)  # in dictionary order, no other two differ sooner
+    limit = min(map(len, prompts)) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
 def unsupported(config: Any) -> str | None:
@@ -53,110 +203,15 @@ def unsupported(config: Any) -> str | None:
     return None
 
 
-def microbatches(batch: Batch, shared: bool, budget: int) -> Iterator[list[list[int]]]:
-    """Rows of rollouts (positions in the batch), filled up to ``budget`` tokens, padding included; longest first, so that memory
-    fails at once if at all."""
-    prefix = common_prefix([r.completion.prompt_ids for r in batch.rollouts]) if shared and batch.rollouts else 0
-    filled: list[list[int]] = []
-    prompt = region = 0
-    for row in rows(batch, shared, budget):
-        mine = row_shape(batch, row, shared, prefix)
-        prompt, region = max(prompt, mine[0]), max(region, mine[1])
-        if filled and prefix + (len(filled) + 1) * (prompt + region) > budget:
-            yield filled
-            filled, (prompt, region) = [], mine
-        filled.append(row)
-    if filled:
-        yield filled
+def _flat(rows: Rows) -> list[Rollout]:
+    return [rollout for row in rows for rollout in row]
 
 
-def rows(batch: Batch, shared: bool, budget: int) -> list[list[int]]:
-    """Which rollouts stand in which row. A group longer than ``budget`` tokens is cut into several rows, each with the prompt."""
-    out: list[list[int]] = []
-    group, used = -1, 0
-    for i, rollout in enumerate(batch.rollouts):
-        length, mine = len(rollout.completion.token_ids) - 1, int(batch.group_index[i])
-        if shared and mine == group and used + length <= budget:
-            out[-1].append(i)
-            used += length
-        else:
-            out.append([i])
-            group, used = mine, len(rollout.completion.prompt_ids) + length
-    return sorted(out, key=lambda row: -row_length(batch, row))
+def _targets(rows: Rows) -> Tensor:
+    return torch.tensor([token for rollout in _flat(rows) for token in rollout.completion.token_ids])
 
 
-def row_length(batch: Batch, row: Sequence[int]) -> int:
-    """Input tokens of a row, its whole prompt included."""
-    completions = [batch.rollouts[i].completion for i in row]
-    return len(completions[0].prompt_ids) + sum(len(c.token_ids) - 1 for c in completions)
-
-
-def row_shape(batch: Batch, row: Sequence[int], shared: bool, prefix: int) -> tuple[int, int]:
-    """Tokens in the two regions of a row, each of which ``lay_out`` pads to the longest of its rows."""
-    length, prompt = row_length(batch, row), len(batch.rollouts[row[0]].completion.prompt_ids)
-    return (prompt - prefix, length - prompt) if shared else (0, length)
-
-
-def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Tokens that all prompts begin with, one less than the shortest at most: a row keeps the token that predicts its first."""
-    first, last = min(prompts), max(prompts)  # in dictionary order, no other two differ sooner
-    limit = min(map(len, prompts)) - 1
-    return next((i for i in range(limit) if first[i] != last[i]), limit)
-
-
-def lay_out(rollout_rows: Sequence[Sequence[Rollout]], shared: bool) -> ModelInputs:
-    """Rows of rollouts (a row shares one prompt) → tensors."""
-    return _lay_out_tree(rollout_rows) if shared else _lay_out_padded([r for row in rollout_rows for r in row])
-
-
-def _lay_out_padded(rollouts: Sequence[Rollout]) -> ModelInputs:
-    sequences = [torch.tensor(r.completion.prompt_ids + r.completion.token_ids[:-1]) for r in rollouts]
-    lengths = torch.tensor([len(s) for s in sequences])
-    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-    positions = torch.arange(input_ids.shape[1])
-    starts = [len(r.completion.prompt_ids) - 1 for r in rollouts]
-    return ModelInputs(
-        input_ids=input_ids,
-        position_ids=positions.expand_as(input_ids),
-        gather=torch.cat(
-            [y * len(positions) + torch.arange(start, len(s)) for y, (start, s) in enumerate(zip(starts, sequences, strict=True))]
-        ),
-        targets=_targets(rollouts),
-        attention_mask=(positions < lengths[:, None]).long(),
-    )
-
-
-def _lay_out_tree(rollout_rows: Sequence[Sequence[Rollout]]) -> ModelInputs:
-    """One line of tokens [prefix | row | row | …], a row being [prompt region | completion region]."""
-    prompts = [row[0].completion.prompt_ids for row in rollout_rows]
-    prefix = common_prefix(prompts)
-    tree = build_tree(prefix, [len(p) - prefix for p in prompts], [[len(r.completion.token_ids) - 1 for r in row] for row in rollout_rows])
-    width = tree.prompt + tree.region
-    input_ids = torch.zeros(prefix + len(prompts) * width, dtype=torch.long)
-    position_ids = torch.zeros_like(input_ids)
-    input_ids[:prefix], position_ids[:prefix] = torch.tensor(prompts[0][:prefix]), torch.arange(prefix)
-    gather: list[Tensor] = []
-    for y, (row, prompt) in enumerate(zip(rollout_rows, prompts, strict=True)):
-        start = prefix + y * width
-        end = start + len(prompt) - prefix
-        input_ids[start:end], position_ids[start:end] = torch.tensor(prompt[prefix:]), torch.arange(prefix, len(prompt))
-        last_of_prompt, start = end - 1, start + tree.prompt
-        for rollout in row:
-            tokens = torch.tensor(rollout.completion.token_ids)
-            end = start + len(tokens) - 1
-            input_ids[start:end], position_ids[start:end] = tokens[:-1], len(prompt) + torch.arange(len(tokens) - 1)
-            predictors = torch.arange(start - 1, end)
-            predictors[0] = last_of_prompt  # the first token is predicted by the prompt's last
-            gather.append(predictors)
-            start = end
-    return ModelInputs(
-        input_ids=input_ids[None],
-        position_ids=position_ids[None],
-        gather=torch.cat(gather),
-        targets=_targets([r for row in rollout_rows for r in row]),
-        tree=tree,
-    )
-
-
-def _targets(rollouts: Sequence[Rollout]) -> Tensor:
-    return torch.tensor([token for r in rollouts for token in r.completion.token_ids])
+def _name(layout: LayoutName | bool) -> LayoutName:
+    if isinstance(layout, bool):
+        return "shared_prompt" if layout else "padded"
+    return layout

@@ -28,7 +28,8 @@ def rollout_metrics(groups: Sequence[Group], metric: str, weights: Mapping[str, 
         weights: weight of each reward part in the sum.
 
     Returns:
-        ``reward/…``, ``outcome/<part>/<outcome>`` (only those that occurred), ``rollout/…``, ``completion/…``.
+        ``reward/…``, ``outcome/<part>/<outcome>`` and ``unscored/<part>/<outcome>`` (those that occurred), ``rollout/…``,
+        ``completion/…``.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [rollout.reward for rollout in rollouts if rollout.scored]
@@ -187,8 +188,14 @@ def _part_metrics(rollouts: Sequence[Rollout], weights: Mapping[str, float]) -> 
 
 
 def _outcome_counts(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    outcomes = Counter((part, score.outcome) for rollout in rollouts for part, score in rollout.scores.items())
-    return {f"outcome/{part}/{outcome}": float(count) for (part, outcome), count in outcomes.items() if outcome is not Outcome.ok}
+    """What the model caused (it has a value) apart from what the grader failed at (it has none)."""
+    outcomes = Counter(
+        ("outcome" if score.scored else "unscored", part, score.outcome)
+        for rollout in rollouts
+        for part, score in rollout.scores.items()
+        if score.outcome is not Outcome.ok
+    )
+    return {f"{kind}/{part}/{outcome}": float(count) for (kind, part, outcome), count in outcomes.items()}
 
 
 def _completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

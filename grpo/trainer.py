@@ -19,6 +19,7 @@ from grpo.interrupt import StopSignal
 from grpo.learner import Learner
 from grpo.loggers import Logger
 from grpo.metrics import eval_metrics, rollout_metrics
+from grpo.rewards.health import RewardFailure, UnscoredStop
 from grpo.run import RunFolder
 from grpo.types import Group, Problem
 
@@ -63,6 +64,7 @@ class Trainer:
     source: ProblemSource
     heldout: Sequence[Problem]
     reward_weights: dict[str, float]
+    graders: UnscoredStop
     logger: Logger
     step: int = 0
     best: float = -1.0
@@ -82,6 +84,7 @@ class Trainer:
                     with stop.anywhere():
                         self.sync()
                         groups = self.collector.collect(self.source.take(s.problems_per_step), step)
+                    self.check_graders(groups, step)
                 except BaseException:
                     self.source.position = position  # these problems were not trained on: resume draws them again
                     raise
@@ -107,6 +110,14 @@ class Trainer:
         except BaseException:
             if whole and self.step and self.step not in checkpoint.steps(self.run):
                 self.save()
+            raise
+
+    def check_graders(self, groups: Sequence[Group], step: int) -> None:
+        """Stop when too much could not be scored; these rollouts, with the tracebacks, are stored all the same."""
+        try:
+            self.graders.check(groups)
+        except RewardFailure:
+            self.run.write_rollouts(step, groups)
             raise
 
     def sync(self) -> None:
@@ -152,6 +163,7 @@ class Trainer:
                 "position": self.source.position,
                 "elapsed": self.elapsed,
                 "learner": self.learner.state(),
+                "graders": self.graders.state(),
             }
             checkpoint.save(self.run, self.step, self.learner.policy, state, self.settings.keep_checkpoints)
 
@@ -162,6 +174,7 @@ class Trainer:
         self.step, self.source.position = state["step"], state["position"]
         self.elapsed = state["elapsed"]
         self.learner.load_state(state["learner"])
+        self.graders.load_state(state["graders"])
         self.best = max((row["eval/pass@1"] for row in self.run.read_metrics() if row.get("eval/pass@1", -1.0) >= 0), default=-1.0)
 
     def progress(self, groups: Sequence[Group], seconds: float) -> Metrics:

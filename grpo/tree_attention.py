@@ -1,75 +1,156 @@
-"""Attention for the shared-prompt layout: a tree of [prefix of all prompts | rest of a prompt | its completions].
+"""Attention over one line of tokens that is a tree of segments: what the packed and the shared-prompt layout need.
 
-A dense mask over [prompt | completion 1 | … | completion n] costs the square of the row, most of it between completions that
-must not see each other. Here the parts that count are computed alone – everything with the prefix, a row with its prompt, each
-completion with itself – and joined under one softmax. ``benchmarks/attention.py`` compares it with
-SDPA under a dense mask. It needs no mask of the square of the row, and worked examples that stand before every question
-are computed once a micro-batch.
+A line holds segments one after the other, children behind their parent: [prefix of all prompts | rest of a prompt | its completions
+| rest of the next prompt | …], or for the packed layout simply [rollout | rollout | …]. A token sees its own segment up to itself, and
+all of its segment's ancestors. Behind a segment stand its descendants and nothing else, so one number a token says it all: token k is
+seen by token q exactly if k ≤ q < seen_until[k].
+
+Three ways to compute it, one meaning:
+
+* **by parts** (CPU): every segment with itself, and every segment with what descends from it. What must not see each other is never
+  multiplied, and no scores are kept for the backward pass.
+* **FlexAttention** (CUDA): a block mask from ``seen_until``; blocks that nobody sees cost nothing.
+* **dense**: SDPA under a mask of the square of the line; other devices, and the oracle of the tests.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 NAME = "grpo_shared_prompt"
+PIECE = 512  # longer segments are cut: a piece sees its predecessors whole, so most of the future is never computed
+SLACK = 2**14  # scores a head that may be computed for nothing before one more part is cheaper
+CHUNK = 2**22  # scores held at a time: they should stay in the processor's cache
+NEVER = -3e4  # as a score: e^NEVER is 0, and NEVER is finite in every floating-point type
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Tokens ``start … end - 1`` of the line, seen by their successors up to ``until``, where the last descendant ends."""
+
+    start: int
+    end: int
+    until: int
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Runs of a line as equally wide blocks, padded on the right with the number ``length``: one row more than the line has.
+
+    ``line`` and ``flat`` name the real tokens: their positions in the line, and in the flattened blocks.
+    """
+
+    positions: Int[Tensor, "blocks width"]
+    line: Int[Tensor, " tokens"]
+    flat: Int[Tensor, " tokens"]
+
+    @classmethod
+    def of(cls, runs: Sequence[tuple[int, int]], length: int) -> Blocks:
+        starts, ends = torch.tensor(runs).T[:, :, None]
+        positions = starts + torch.arange(int((ends - starts).max()))
+        real = positions < ends
+        return cls(positions.where(real, length), positions[real], real.flatten().nonzero().flatten())
+
+    def take(self, line: Tensor, kv_heads: int) -> Tensor:
+        """[length + 1, heads, size] → [blocks · kv_heads, heads a kv head · width, size]: heads that share a key are more rows of it."""
+        blocks, width = self.positions.shape
+        values = line.index_select(0, self.positions.flatten()).view(blocks, width, kv_heads, -1, line.shape[-1])
+        return values.permute(0, 2, 3, 1, 4).reshape(blocks * kv_heads, -1, line.shape[-1])
+
+    def give(self, values: Tensor, heads: int) -> Tensor:
+        """The way back, for the positions ``line``: values as ``take`` returns them → [tokens, heads, size], the padding dropped."""
+        blocks, width = self.positions.shape
+        by_token = values.view(blocks, heads, width, -1).transpose(1, 2).reshape(blocks * width, heads, -1)
+        return by_token.index_select(0, self.flat) if len(self.flat) < len(by_token) else by_token
+
+    def add(self, line: Tensor, values: list[Tensor]) -> None:
+        """Add to the line what ``give`` makes of the values, chunk behind chunk; a token may stand in several blocks."""
+        line.index_add_(0, self.line, self.give(torch.cat(values), line.shape[1]).to(line.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Blocks of queries, each against the block of keys of the same number; ``causal`` where the two are one."""
+
+    queries: Blocks
+    keys: Blocks
+    causal: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """Where things stand in [prefix | row 1 | row 2 | …], a row being [prompt region | completion region], each padded on the right.
+    """How a line of tokens is to be attended to."""
 
-    ``to_blocks`` [completions · longest] and ``to_rows`` [rows · region] are inverse to each other on real tokens: positions in
-    the flattened completion regions, and in the flattened [completions, longest] blocks.
-    """
-
-    prefix: int  # tokens that all prompts begin with
-    prompt: int  # width of the prompt region: what follows the prefix
-    region: int  # width of the completion region
-    longest: int  # width of a block: inputs of the longest completion
-    prompt_padding: Bool[Tensor, "rows prompt"]
-    to_blocks: Int[Tensor, " blocked"]
-    to_rows: Int[Tensor, " flat"]
-    row_padding: Bool[Tensor, " flat"]
-    block_padding: Bool[Tensor, " blocked"]
+    seen_until: Int[Tensor, " length"]
+    parts: tuple[Part, ...]  # every token is a query of one causal part, and of one more for each piece of its ancestors
+    longest: int  # tokens of the longest branch, from the root: the longest sequence that stands in this line
+    block_mask: Any = None  # FlexAttention's, on CUDA
 
     def to(self, device: torch.device) -> Tree:
-        return replace(self, **{n: v.to(device) for n in self.__slots__ if isinstance(v := getattr(self, n), Tensor)})  # type: ignore[arg-type]
+        seen_until = self.seen_until.to(device)
+        return replace(self, seen_until=seen_until, block_mask=flex_mask(seen_until) if device.type == "cuda" else None)
 
 
-def build_tree(prefix: int, prompts: list[int], completions: list[list[int]]) -> Tree:
-    """``prompts[row]``: tokens after the prefix; ``completions[row]``: inputs of each (a completion's last token is no input)."""
-    region = max([1, *(sum(lengths) for lengths in completions)])
-    longest = max([1, *(length for lengths in completions for length in lengths)])
-    num_blocks = sum(len(lengths) for lengths in completions)
-    to_blocks = torch.zeros(num_blocks, longest, dtype=torch.long)
-    to_rows = torch.zeros(len(prompts), region, dtype=torch.long)
-    row_padding = torch.ones(len(prompts), region, dtype=torch.bool)
-    block_padding = torch.ones(num_blocks, longest, dtype=torch.bool)
-    block = 0
-    for row, lengths in enumerate(completions):
-        start = 0
+def build_tree(prefix: int, prompts: Sequence[int], completions: Sequence[Sequence[int]]) -> Tree:
+    """A line [prefix | prompt | its completions | prompt | …]. What has length 0 is no segment.
+
+    Args:
+        prefix: tokens that all prompts begin with.
+        prompts: of each row, the tokens after the prefix.
+        completions: of each row, the inputs of each completion.
+    """
+    segments = []
+    at = prefix
+    for prompt, lengths in zip(prompts, completions, strict=True):
+        start, at = at, at + prompt
+        segments.append(Segment(start=start, end=at, until=at + sum(lengths)))
         for length in lengths:
-            to_blocks[block, :length] = row * region + start + torch.arange(length)
-            to_rows[row, start : start + length] = block * longest + torch.arange(length)
-            row_padding[row, start : start + length] = False
-            block_padding[block, :length] = False
-            start, block = start + length, block + 1
-    return Tree(
-        prefix=prefix,
-        prompt=max(prompts),
-        region=region,
-        longest=longest,
-        prompt_padding=torch.arange(max(prompts))[None] >= torch.tensor(prompts)[:, None],
-        to_blocks=to_blocks.flatten(),
-        to_rows=to_rows.flatten(),
-        row_padding=row_padding.flatten(),
-        block_padding=block_padding.flatten(),
-    )
+            segments.append(Segment(start=at, end=at + length, until=at + length))
+            at += length
+    segments.append(Segment(start=0, end=prefix, until=at))
+    longest = max(prefix + prompt + max(lengths, default=0) for prompt, lengths in zip(prompts, completions, strict=True))
+    return tree_of([s for s in segments if s.end > s.start], longest)
+
+
+def tree_of(segments: Sequence[Segment], longest: int) -> Tree:
+    """``segments`` hold every token of the line once."""
+    length = max(s.end for s in segments)
+    seen_until = torch.zeros(length, dtype=torch.long)
+    for s in segments:
+        seen_until[s.start : s.end] = s.until
+    pieces = [replace(s, start=at, end=min(at + PIECE, s.end)) for s in segments for at in range(s.start, s.end, PIECE)]
+    parts = []
+    for some in _alike(pieces, lambda s: (s.end - s.start, s.end - s.start)):
+        blocks = Blocks.of([(s.start, s.end) for s in some], length)
+        parts.append(Part(blocks, blocks, True))
+    for some in _alike([s for s in pieces if s.until > s.end], lambda s: (s.until - s.end, s.end - s.start)):
+        queries, keys = [(s.end, s.until) for s in some], [(s.start, s.end) for s in some]
+        parts.append(Part(Blocks.of(queries, length), Blocks.of(keys, length), False))
+    return Tree(seen_until=seen_until, parts=tuple(parts), longest=longest)
+
+
+def _alike(segments: Sequence[Segment], shape: Callable[[Segment], tuple[int, int]]) -> Iterator[list[Segment]]:
+    """Those of like (queries, keys) together: a block is as large as the largest of its part in both directions."""
+    some: list[Segment] = []
+    most_queries = most_keys = needed = 0
+    for segment in sorted(segments, key=shape, reverse=True):
+        queries, keys = shape(segment)
+        most = max(most_queries, queries), max(most_keys, keys)
+        if some and (len(some) + 1) * most[0] * most[1] > (needed + queries * keys) * 5 // 4 + SLACK:
+            yield some
+            some, needed, most = [], 0, (queries, keys)
+        some.append(segment)
+        (most_queries, most_keys), needed = most, needed + queries * keys
+    if some:
+        yield some
 
 
 def tree_attention(
@@ -79,78 +160,163 @@ def tree_attention(
     tree: Tree,
     scaling: float,
 ) -> Float[Tensor, "1 heads length value_width"]:
-    """softmax(scaling · q kᵀ) v, each query over what it may see: causal in prefix and prompt; a completion sees both and its own past."""
-    rows, kv_heads, x, p, c = len(tree.prompt_padding), key.shape[1], tree.prefix, tree.prompt, tree.region
-    shared, lowest = query.shape[1] // kv_heads, torch.finfo(query.dtype).min
-
-    def grouped(q: Tensor) -> Tensor:
-        """[…, heads, length, width] → […, kv_heads, shared · length, width]: query heads that share a key head are more rows of it."""
-        return q.reshape(*q.shape[:-3], kv_heads, shared * q.shape[-2], q.shape[-1])
-
-    def in_rows(values: Tensor) -> Tensor:
-        """What follows the prefix: [rows, heads, prompt + region, width]."""
-        return values[0, :, x:].unflatten(1, (rows, p + c)).transpose(0, 1)
-
-    query = query * scaling
-    prefix_key, prefix_value = key[0, :, :x], value[0, :, :x]  # [kv_heads, prefix, width]
-    q, k, v = in_rows(query), in_rows(key), in_rows(value)
-
-    prefix_scores = _future_masked(grouped(query[0, :, :x]) @ prefix_key.transpose(-1, -2), shared, x, lowest)
-    prefix_out = (prefix_scores.softmax(-1) @ prefix_value).view(1, kv_heads * shared, x, value.shape[-1])
-
-    to_prefix = (grouped(q) @ prefix_key.transpose(-1, -2)).unflatten(2, (shared, p + c))
-
-    prompt_key, prompt_value = k[:, :, :p], v[:, :, :p]
-    in_prompt = _future_masked(grouped(q[:, :, :p]) @ prompt_key.transpose(-1, -2), shared, p, lowest).unflatten(2, (shared, p))
-    weights = torch.cat([to_prefix[..., :p, :], in_prompt], -1).softmax(-1).flatten(2, 3)
-    prompt_out = (weights[..., :x] @ prefix_value + weights[..., x:] @ prompt_value).view(rows, kv_heads * shared, p, -1)
-
-    def blocks(values: Tensor) -> Tensor:
-        """[rows, heads, region, width] → [completions, kv_heads, heads a kv head · longest, width]"""
-        flat = _Rearrange.apply(values.transpose(1, 2).flatten(0, 1).flatten(1), tree.to_blocks, tree.to_rows, tree.row_padding)
-        split = flat.view(-1, tree.longest, kv_heads, values.shape[1] // kv_heads, values.shape[-1])
-        return split.permute(0, 2, 3, 1, 4).flatten(2, 3)
-
-    def back(blocked: Tensor) -> Tensor:
-        """[completions, kv_heads, shared · longest, width] → [rows, kv_heads, shared, region, width]"""
-        split = blocked.view(-1, kv_heads, shared, tree.longest, blocked.shape[-1]).permute(0, 3, 1, 2, 4).flatten(0, 1)
-        flat = _Rearrange.apply(split.flatten(1), tree.to_rows, tree.to_blocks, tree.block_padding)
-        return flat.view(rows, c, kv_heads, shared, -1).permute(0, 2, 3, 1, 4)
-
-    own_key, own_value = blocks(k[:, :, p:]), blocks(v[:, :, p:])
-    to_own = _future_masked(blocks(q[:, :, p:]) @ own_key.transpose(-1, -2), shared, tree.longest, lowest)
-    to_prompt = (grouped(q[:, :, p:]) @ prompt_key.transpose(-1, -2)).unflatten(2, (shared, c))
-    to_prompt = to_prompt.masked_fill(tree.prompt_padding[:, None, None, None], lowest)
-    weights = torch.cat([to_prefix[..., p:, :], to_prompt, back(to_own)], -1).softmax(-1)
-    seen = weights[..., :x].flatten(2, 3) @ prefix_value + weights[..., x : x + p].flatten(2, 3) @ prompt_value
-    own = back(blocks(weights[..., x + p :].flatten(1, 2)) @ own_value)
-    completion_out = (seen.view(own.shape) + own).flatten(1, 2)
-
-    rows_out = torch.cat([prompt_out, completion_out], 2).transpose(0, 1).flatten(1, 2)
-    return torch.cat([prefix_out, rows_out[None]], 2)
+    """softmax(scaling · q kᵀ) v by parts, each query over what it may see."""
+    query, key, value = (line[0].transpose(0, 1) for line in (query, key, value))
+    return _ByParts.apply(query, key, value, tree, scaling).transpose(0, 1)[None]
 
 
-def _future_masked(scores: Tensor, shared: int, length: int, lowest: float) -> Tensor:
-    """Scores [..., shared · length, length] of tokens with themselves, the future at ``lowest``."""
-    future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-    return scores.unflatten(-2, (shared, length)).masked_fill(future, lowest).flatten(-3, -2)
+class _ByParts(torch.autograd.Function):
+    """Lines [length, heads, size]. With M a row's largest score: o = Σ e^(s−M) v / Σ e^(s−M) over the keys of all parts.
 
-
-class _Rearrange(torch.autograd.Function):
-    """Rows by index, where the gradient is rows by the inverse index: no slow scatter-add, as none is ever taken twice.
-
-    ``padding`` marks the source's positions that are nobody's tokens: their gradient is zero.
+    A score itself is never rounded to bf16, only its distance from M or from L = log Σ e^s, which is small where it matters: see
+    ``_queries``. Backward, with p = e^(s−L): ∂v = pᵀ do, ∂s = p (do·v − do·o), ∂q = ∂s k, ∂k = ∂sᵀ q.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, inverse: Tensor, padding: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse, padding)
-        return values.index_select(0, index)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float) -> Tensor:
+        heads, kv_heads, exact = query.shape[1], key.shape[1], torch.promote_types(query.dtype, torch.float32)
+        query_line, key_line, value_line = _queries(query * scaling), _keys(key), F.pad(value, (0, 0, 0, 0, 0, 1))
+        blocks = [(part.queries.take(query_line, kv_heads), part.keys.take(key_line, kv_heads)) for part in tree.parts]
+        highest = query.new_full((*query.shape[:2], 1), -torch.inf)
+        for part, (q, k) in zip(tree.parts, blocks, strict=True):
+            mine = part.queries.give(torch.cat([_largest(scores) for _, scores in _scores(part, q, k)]), heads)
+            highest.scatter_reduce_(0, part.queries.line[:, None, None].expand_as(mine), mine, "amax")  # some tokens are there twice
+        offset = F.pad(highest, (0, 0, 0, 0, 0, 1))
+        out, total = query.new_zeros((*query.shape[:2], value.shape[-1]), dtype=exact), torch.zeros_like(highest, dtype=exact)
+        for part, (q, k) in zip(tree.parts, blocks, strict=True):
+            q[..., -3:-2] = -part.queries.take(offset, kv_heads)
+            v = part.keys.take(value_line, kv_heads)
+            outs, sums = [], []
+            for some, scores in _scores(part, q, k):
+                p = scores.exp_()
+                outs.append(p @ v[some])
+                sums.append(p.sum(-1, keepdim=True, dtype=exact))
+            part.queries.add(out, outs)
+            part.queries.add(total, sums)
+        out = out.div_(total).to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, total.log_().add_(highest))
+        ctx.tree, ctx.scaling = tree, scaling
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        inverse, padding = ctx.saved_tensors
-        return grads[0].index_select(0, inverse).masked_fill_(padding[:, None], 0), None, None, None
+        query, key, value, out, log_total = ctx.saved_tensors
+        grad, kv_heads, exact = grads[0], key.shape[1], log_total.dtype
+        query_line, key_line, value_line = _queries(query * ctx.scaling, -log_total), _keys(key), _keys(value)
+        grad_line = _queries(grad, -(grad.to(exact) * out).sum(-1, keepdim=True))
+        grad_query, grad_key, grad_value = (torch.zeros_like(line, dtype=exact) for line in (query, key, value))
+        for part in ctx.tree.parts:
+            q, g = part.queries.take(query_line, kv_heads), part.queries.take(grad_line, kv_heads)
+            k, v = part.keys.take(key_line, kv_heads), part.keys.take(value_line, kv_heads)
+            into_q, into_k, into_v = [], [], []
+            for some, scores in _scores(part, q, k):
+                p = scores.exp_()
+                into_v.append(p.mT @ g[some, :, :-3])
+                into_scores = torch.bmm(g[some], v[some].mT).mul_(p)
+                into_q.append(into_scores @ k[some, :, :-3])
+                into_k.append(into_scores.mT @ q[some, :, :-3])
+            part.queries.add(grad_query, into_q)
+            part.keys.add(grad_key, into_k)
+            part.keys.add(grad_value, into_v)
+        return grad_query.mul_(ctx.scaling).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+
+def _queries(line: Tensor, constant: Tensor | None = None) -> Tensor:
+    """[length + 1, heads, size + 3]: rows [x | c, what c lost by rounding | 1] and, for padding, a row of zeros.
+
+    Times a row of ``_keys`` this is x·y + c for a token and ``NEVER`` for padding, in one matrix product and rounded once.
+    """
+    out = F.pad(line, (0, 3, 0, 0, 0, 1))
+    if constant is not None:
+        out[:-1, :, -3:-2] = constant
+        out[:-1, :, -2:-1] = constant - out[:-1, :, -3:-2]
+    out[:-1, :, -1] = 1
+    return out
+
+
+def _keys(line: Tensor) -> Tensor:
+    """[length + 1, heads, size + 3]: rows [y | 1, 1 | 0] and, for padding, a row [0 | 0, 0 | NEVER]."""
+    out = F.pad(line, (0, 3, 0, 0, 0, 1))
+    out[:-1, :, -3:-1] = 1
+    out[-1, :, -1] = NEVER
+    return out
+
+
+def _largest(scores: Tensor) -> Tensor:
+    """``scores.amax(-1, keepdim=True)``, which is slow on a CPU where the last axis is short: halves against halves instead."""
+    while (half := scores.shape[-1] // 2) > 4:
+        halves = torch.maximum(scores[..., :half], scores[..., half : 2 * half])
+        if scores.shape[-1] % 2:
+            halves[..., 0] = torch.maximum(halves[..., 0], scores[..., -1])
+        scores = halves
+    return scores.amax(-1, keepdim=True)
+
+
+def _scores(part: Part, q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """q kᵀ, ``CHUNK`` numbers at a time, the future at ``NEVER``; and which blocks these are."""
+    step = max(1, CHUNK // (q.shape[1] * k.shape[1]))
+    future = _future(k.shape[1], q.dtype) if part.causal else None
+    for start in range(0, len(q), step):
+        some = slice(start, start + step)
+        scores = torch.bmm(q[some], k[some].mT)
+        if future is not None:
+            scores.view(-1, *future.shape).add_(future)
+        yield some, scores
+
+
+@functools.lru_cache(maxsize=16)
+def _future(width: int, dtype: torch.dtype) -> Tensor:
+    """[query, key]: ``NEVER`` where the key comes later. The same few widths return in every layer."""
+    return torch.full((width, width), NEVER, dtype=dtype).triu_(1)
+
+
+# ---------------------------------------------------------------- the same by masks
+
+
+def dense_mask(seen_until: Int[Tensor, " length"]) -> Bool[Tensor, "length length"]:
+    """[q, k]: token k is seen by token q."""
+    at = torch.arange(len(seen_until), device=seen_until.device)
+    return _sees(at[:, None], at, seen_until)
+
+
+def flex_mask(seen_until: Int[Tensor, " length"]) -> Any:
+    """The same as FlexAttention's block mask, for all heads. Blocks without a visible pair are never computed."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _sees(query, key, seen_until)
+
+    length, device = len(seen_until), seen_until.device.type  # compiled, the square is never held, not even as booleans
+    return create_block_mask(visible, None, None, length, length, device=device, _compile=device == "cuda")
+
+
+def _sees(query: Tensor, key: Tensor, seen_until: Tensor) -> Tensor:
+    return (key <= query) & (query < seen_until[key])
+
+
+def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scaling: float) -> Tensor:
+    """``tree_attention`` by FlexAttention."""
+    heads, shared = query.shape[1], query.shape[1] // key.shape[1]
+    if heads & (heads - 1):  # its kernels share keys between a power of two of heads only
+        key, value, shared = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), 1
+    return _flex(query.device.type)(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=shared > 1)
+
+
+@functools.cache
+def _flex(device: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+
+def dense_tree_attention(query: Tensor, key: Tensor, value: Tensor, seen_until: Tensor, scaling: float) -> Tensor:
+    """``tree_attention`` by SDPA under a mask of the square of the line."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=dense_mask(seen_until), scale=scaling)
+
+
+# ---------------------------------------------------------------- transformers
 
 
 def attention_forward(
@@ -163,15 +329,29 @@ def attention_forward(
     tree: Tree | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface; ``tree`` travels through the model's keyword arguments, and there is no mask to make."""
+    """transformers' attention interface; ``tree`` travels through the model's keyword arguments, and there is no mask to make.
+
+    Raises:
+        ValueError: the model wants something of its attention that this one does not do.
+    """
     if tree is None:
         raise ValueError("this model does not hand its keyword arguments down to its attention: set trainer.layout=padded")
     if kwargs.get("dropout"):
-        raise ValueError("the shared-prompt layout has no attention dropout; set the model's attention_dropout to 0")
-    if unknown := [name for name in ("softcap", "s_aux", "sliding_window") if kwargs.get(name) is not None]:
-        raise ValueError(f"the shared-prompt layout does not know this model's {', '.join(unknown)}: set trainer.layout=padded")
-    out_heads = tree_attention(query, key, value, tree, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return out_heads.transpose(1, 2).contiguous(), None
+        raise ValueError("attention over a line of rollouts has no dropout; set the model's attention_dropout to 0")
+    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise ValueError(f"attention over a line of rollouts does not know this model's {', '.join(unknown)}: set trainer.layout=padded")
+    if kwargs.get("is_causal") is False:
+        raise ValueError("this model's attention is not causal: set trainer.layout=padded")
+    if (window := kwargs.get("sliding_window")) is not None and window < tree.longest:
+        raise ValueError(f"a rollout of {tree.longest} tokens exceeds this model's sliding_window of {window}: set trainer.layout=padded")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if tree.block_mask is not None:
+        out = flex_tree_attention(query, key, value, tree.block_mask, scaling)
+    elif query.device.type == "cpu":
+        out = tree_attention(query, key, value, tree, scaling)
+    else:
+        out = dense_tree_attention(query, key, value, tree.seen_until, scaling)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def register() -> None:

@@ -1,78 +1,46 @@
-"""Layouts: padded and shared-prompt rows against a plain transformers forward pass, one sequence at a time."""
+"""Layouts without a model: where each token stands, how micro-batches are filled, and who sees whom in a line."""
 
 from __future__ import annotations
 
-import copy
 import random
-import warnings
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo import aggregation, layouts, objectives, tree_attention
+from grpo import layouts, tree_attention
 from grpo.batch import Batch, collate
-from grpo.losses import Loss
-from grpo.policy import HFPolicy, OptimSettings
+from grpo.layouts import LayoutName, ModelInputs
 from grpo.types import Completion, FinishReason, Group, Problem, Rollout
 
-VOCAB, TEMPERATURE, ENTROPY_COEF = 50, 0.8, 0.1
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,  # grouped-query heads
-    "head_dim": 8,
-    "initializer_range": 0.3,  # so that attention is far from uniform
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-# prompts of different lengths; completions of length 1 first, between, last and alone
-SHAPES = ((9, (1, 4, 7)), (3, (2, 1)), (1, (1,)), (5, (6, 6, 1, 3, 5)), (4, (1, 1)))
-PROMPTS = {  # what comes before the prompts of SHAPES
+VOCAB = 50
+LAYOUTS: tuple[LayoutName, ...] = ("padded", "packed", "shared_prompt")
+PROMPTS = {  # what comes before the prompts
     "strangers": lambda g: (),
     "worked examples": lambda g: (7, 8, 9, 7, 8, 9),
     "nested": lambda g: (7,) * (30 - 3 * g),  # each the beginning of those before it, up to its own tokens
 }
+some_shapes = st.lists(st.tuples(st.integers(1, 12), st.lists(st.integers(1, 8), min_size=1, max_size=5)), min_size=1, max_size=5)
 
 
-def toy(kind: str, **settings: Any) -> Any:
-    config = getattr(transformers, f"{kind}Config")(**SHAPE | settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
-        for name, parameter in model.named_parameters():
-            if name.endswith(("norm.weight", "bias")):  # ones and zeros as they are made: a wrong one would not show
-                parameter.data += 0.3 * torch.randn_like(parameter)
-    return model
-
-
-def make_batch(shapes: Sequence[tuple[int, Sequence[int]]] = SHAPES, seed: int = 0, prompts: str = "strangers") -> Batch:
+def make_batch(shapes: Sequence[tuple[int, Sequence[int]]], seed: int = 0, prompts: str = "strangers") -> Batch:
+    """``shapes``: of each group, the tokens of its prompt and of each completion."""
     rng = random.Random(seed)
-
-    def tokens(count: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(VOCAB) for _ in range(count))
-
     groups = []
     for g, (prompt_length, lengths) in enumerate(shapes):
-        problem, prompt = Problem(id=f"p{g}", prompt="?", answer="1"), (*PROMPTS[prompts](g), *tokens(prompt_length))
+        problem = Problem(id=f"p{g}", prompt="?", answer="1")
+        prompt = (*PROMPTS[prompts](g), *rng.choices(range(VOCAB), k=prompt_length))
         rollouts = []
         for i, length in enumerate(lengths):
             completion = Completion(
                 problem_id=problem.id,
                 index=i,
                 prompt_ids=prompt,
-                token_ids=tokens(length),
+                token_ids=tuple(rng.choices(range(VOCAB), k=length)),
                 text="",
                 logprobs=(-1.0,) * length,
                 policy_versions=(0,) * length,
@@ -80,189 +48,288 @@ def make_batch(shapes: Sequence[tuple[int, Sequence[int]]] = SHAPES, seed: int =
             )
             rollouts.append(Rollout(problem=problem, completion=completion, scores={}, reward=0.0))
         groups.append(Group(problem=problem, rollouts=tuple(rollouts)))
-    batch = collate(groups)
-    advantages = torch.tensor([rng.uniform(-2, 2) for _ in batch.rollouts])
-    return replace(batch, advantages=advantages[batch.rollout_index])
+    return collate(groups)
 
 
-def oracle(model: Any, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Log-probs, entropies and parameter gradients of the loss by a forward pass over each whole sequence alone."""
-    logprobs, entropies = [], []
-    for rollout in batch.rollouts:
-        prompt, tokens = rollout.completion.prompt_ids, rollout.completion.token_ids
-        logits = model(input_ids=torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-        log_p = (logits.float() / TEMPERATURE).log_softmax(-1)
-        logprobs.append(log_p[torch.arange(len(tokens)), torch.tensor(tokens)])
-        entropies.append(-(log_p.exp() * log_p).sum(-1))
-    logprob, entropy = torch.cat(logprobs), torch.cat(entropies)
-    assert batch.advantages is not None
-    loss = -(batch.advantages * logprob + ENTROPY_COEF * entropy).sum() / batch.num_tokens
-    grads = torch.autograd.grad(loss, list(model.parameters()))
-    return logprob.detach(), entropy.detach(), dict(zip(dict(model.named_parameters()), grads, strict=True))
+def laid_out(batch: Batch, layout: LayoutName, budget: int) -> list[tuple[list[list[int]], ModelInputs]]:
+    parts = layouts.microbatches(batch, layout, budget)
+    return [(part, layouts.lay_out([[batch.rollouts[i] for i in row] for row in part], layout)) for part in parts]
 
 
-def ours(
-    model: Any, batch: Batch, shared: bool, budget: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The same by the policy. One step of plain SGD at rate 1 takes away exactly the gradient."""
-    optim = OptimSettings(name="sgd", lr=1.0, max_grad_norm=0.0)
-    policy = HFPolicy(
-        copy.deepcopy(model),
-        optim,
-        dtype=dtype,
-        temperature=TEMPERATURE,
-        shared_prompt=shared,
-        tokens_per_microbatch=budget,
-        logprob_chunk=5,
-    )
-    scores = policy.score(batch)
-    before = {name: weight.clone() for name, weight in policy.weights().items()}
-    policy.update(batch, Loss(objective=objectives.policy_gradient, aggregate=aggregation.token_mean, entropy_coef=ENTROPY_COEF))
-    return scores.logprobs, scores.entropy, {name: before[name] - weight for name, weight in policy.weights().items()}
-
-
-def worst(mine: tuple[Tensor, Tensor, dict[str, Tensor]], true: tuple[Tensor, Tensor, dict[str, Tensor]]) -> float:
-    """The largest difference, relative to the tensor's largest number where that is above 1."""
-    assert mine[2].keys() == true[2].keys()
-    pairs = [(mine[0], true[0]), (mine[1], true[1]), *((mine[2][name], grad) for name, grad in true[2].items())]
-    return max(float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs)
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["padded", "shared_prompt"])
-@pytest.mark.parametrize("prompts", PROMPTS)
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
-def test_every_layout_equals_one_sequence_at_a_time(kind: str, prompts: str, shared: bool) -> None:
-    model, batch = toy(kind), make_batch(prompts=prompts)
-    truth = oracle(model, batch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no fallback to padded here
-        for budget in (10_000, 150, 60, 14, 1):
-            assert worst(ours(model, batch, shared, budget), truth) < 1e-5, budget
-
-
-some_shapes = st.lists(st.tuples(st.integers(1, 12), st.lists(st.integers(1, 8), min_size=1, max_size=5)), min_size=1, max_size=5)
-
-
-@settings(max_examples=25)
-@given(some_shapes, st.sampled_from(sorted(PROMPTS)), st.integers(1, 120), st.integers(0, 10**6))
-def test_shared_prompt_equals_padded_on_any_batch(shapes: list[tuple[int, list[int]]], prompts: str, budget: int, seed: int) -> None:
-    """In float64: an unlucky batch of one short completion has gradients whose fp32 rounding alone is 1e-5."""
-    model, batch = toy("Llama"), make_batch(shapes, seed, prompts)
-    mine, true = (ours(model, batch, shared, tokens, torch.float64) for shared, tokens in ((True, budget), (False, 10_000)))
-    assert worst(mine, true) < 5e-6  # the norms and the masters are fp32 whatever the rest is
-
-
-def test_the_comparison_would_see_a_completion_that_sees_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the blocks apart wrongly – all completions of a row one causal sequence – and the bound breaks."""
-    build = layouts.build_tree
-    monkeypatch.setattr(layouts, "build_tree", lambda prefix, prompts, lengths: build(prefix, prompts, [[sum(row)] for row in lengths]))
-    model, batch = toy("Llama"), make_batch()
-    assert worst(ours(model, batch, True, 10_000), oracle(model, batch)) > 1e-2
-
-
-# ---------------------------------------------------------------- the golden layout
-
-
-def test_shared_prompt_golden() -> None:
-    """Prompt (p₀ p₁), completions of 3 and 1: the row is p₀ p₁ a b; the second completion's only token is no input."""
-    batch = make_batch([(2, (3, 1))])
-    first, second = (r.completion for r in batch.rollouts)
-    inputs = layouts.lay_out([batch.rollouts], shared=True)
-    assert inputs.input_ids.tolist() == [[*first.prompt_ids, *first.token_ids[:2]]]
-    assert inputs.position_ids.tolist() == [[0, 1, 2, 3]]
-    assert inputs.gather.tolist() == [1, 2, 3, 1]  # the last prompt token predicts the first token of both
-    assert inputs.targets.tolist() == [*first.token_ids, *second.token_ids]
-    assert inputs.attention_mask is None and inputs.tree is not None
+# ---------------------------------------------------------------- where each token stands
 
 
 def test_padded_golden() -> None:
+    """Prompt (p₀ p₁), completions (a b c) and (d): rows p₀ p₁ a b and p₀ p₁ · ·; c and d predict nothing, so they are no inputs."""
     batch = make_batch([(2, (3, 1))])
-    first = batch.rollouts[0].completion
-    inputs = layouts.lay_out([[r] for r in batch.rollouts], shared=False)
+    first, second = (r.completion for r in batch.rollouts)
+    inputs = layouts.padded([[r] for r in batch.rollouts])
     assert inputs.input_ids.tolist() == [[*first.prompt_ids, *first.token_ids[:2]], [*first.prompt_ids, 0, 0]]
-    assert inputs.attention_mask is not None
-    assert inputs.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert inputs.position_ids.tolist() == [[0, 1, 2, 3]] * 2
+    assert inputs.attention.keys() == {"attention_mask"}
+    assert inputs.attention["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert inputs.gather.tolist() == [1, 2, 3, 4 + 1]
+    assert inputs.targets.tolist() == [*first.token_ids, *second.token_ids]
 
 
-def tokens_computed(batch: Batch, shared: bool, budget: int) -> list[int]:
-    """Of each micro-batch, padding included."""
-    parts = layouts.microbatches(batch, shared, budget)
-    return [layouts.lay_out([[batch.rollouts[i] for i in row] for row in part], shared).input_ids.numel() for part in parts]
+def test_packed_golden() -> None:
+    """One line p₀ p₁ a b | p₀ p₁, positions from 0 again; nobody sees over the bar."""
+    batch = make_batch([(2, (3, 1))])
+    first, second = (r.completion for r in batch.rollouts)
+    inputs = layouts.packed([[r] for r in batch.rollouts])
+    assert inputs.input_ids.tolist() == [[*first.prompt_ids, *first.token_ids[:2], *second.prompt_ids]]
+    assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert inputs.attention.keys() == {"tree"}
+    assert inputs.tree is not None and inputs.tree.seen_until.tolist() == [4, 4, 4, 4, 6, 6]
+    assert inputs.tree.longest == 4
+    assert inputs.gather.tolist() == [1, 2, 3, 5]
+    assert inputs.targets.tolist() == [*first.token_ids, *second.token_ids]
+
+
+def test_shared_prompt_golden() -> None:
+    """Prompts (p q r), (p q s t) with completions (a b c), (d) and (e f): one line p q | r | a b | s t | e.
+
+    p q are seen by all 8 inputs; r until its group ends, after b (5); a b by themselves; s t until the end; e by itself.
+    """
+    batch = make_batch([(1, (3, 1)), (2, (2,))])
+    completions = [r.completion for r in batch.rollouts]
+    prompts = [(1, 2, 3), (1, 2, 3), (1, 2, 4, 5)]
+    rollouts = [
+        Rollout(problem=r.problem, completion=_with_prompt(c, p), scores={}, reward=0.0)
+        for r, c, p in zip(batch.rollouts, completions, prompts, strict=True)
+    ]
+    (a, b, _), (e, _) = completions[0].token_ids, completions[2].token_ids
+    inputs = layouts.shared_prompt([rollouts[:2], rollouts[2:]])
+    assert inputs.input_ids.tolist() == [[1, 2, 3, a, b, 4, 5, e]]
+    assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4]]
+    assert inputs.tree is not None and inputs.tree.seen_until.tolist() == [8, 8, 5, 5, 5, 8, 8, 8]
+    assert inputs.tree.longest == 5
+    # a is predicted by r (2), b by a (3), c by b (4); d by r; e by t (6), f by e (7)
+    assert inputs.gather.tolist() == [2, 3, 4, 2, 6, 7]
+    assert inputs.targets.tolist() == [token for c in completions for token in c.token_ids]
+
+
+def _with_prompt(completion: Completion, prompt: tuple[int, ...]) -> Completion:
+    fields = {name: getattr(completion, name) for name in completion.__slots__}
+    return Completion(**fields | {"prompt_ids": prompt})
+
+
+@given(some_shapes, st.sampled_from(sorted(PROMPTS)), st.sampled_from(LAYOUTS), st.integers(1, 150), st.integers(0, 10**6))
+def test_what_a_predictor_sees_is_exactly_what_stood_before_its_target(
+    shapes: list[tuple[int, list[int]]], prompts: str, layout: LayoutName, budget: int, seed: int
+) -> None:
+    batch = make_batch(shapes, seed, prompts)
+    for part, inputs in laid_out(batch, layout, budget):
+        if inputs.tree is None:
+            assert inputs.attention_mask is not None
+            ends = inputs.attention_mask.sum(1, keepdim=True)
+            sees = torch.stack([tree_attention.dense_mask(end.expand(inputs.input_ids.shape[1])) for end in ends])
+        else:
+            sees = tree_attention.dense_mask(inputs.tree.seen_until)[None]
+        told = iter(zip(inputs.gather.tolist(), inputs.targets.tolist(), strict=True))
+        for completion in (batch.rollouts[i].completion for row in part for i in row):
+            whole = completion.prompt_ids + completion.token_ids
+            for at in range(len(completion.prompt_ids), len(whole)):
+                predictor, target = next(told)
+                row, column = divmod(predictor, inputs.input_ids.shape[1])
+                seen = sees[row, column]
+                assert target == whole[at]
+                assert inputs.input_ids[row, seen].tolist() == list(whole[:at])
+                assert inputs.position_ids[row, seen].tolist() == list(range(at))
+        assert next(told, None) is None
+
+
+# ---------------------------------------------------------------- micro-batches
 
 
 def test_a_prompt_is_computed_once_a_group_and_a_common_beginning_once() -> None:
-    batch = make_batch([(30, (4, 4, 4, 4)), (30, (4, 4, 4, 4))])
-    assert tokens_computed(batch, False, 10_000) == [8 * (30 + 3)]
-    assert tokens_computed(batch, True, 10_000) == [2 * (30 + 4 * 3)]
-    assert tokens_computed(batch, True, 36) == [30 + 2 * 3] * 4  # groups are cut to the budget
-    few_shot = make_batch([(30, (4, 4, 4, 4)), (30, (4, 4, 4, 4))], prompts="worked examples")
-    assert tokens_computed(few_shot, True, 10_000) == [6 + 2 * (30 + 4 * 3)]
+    def computed(batch: Batch, layout: LayoutName, budget: int) -> list[int]:
+        return [inputs.input_ids.numel() for _, inputs in laid_out(batch, layout, budget)]
+
+    shapes = [(30, (4, 4, 4, 2)), (30, (4, 4, 4, 2))]
+    batch = make_batch(shapes)
+    assert computed(batch, "padded", 10_000) == [8 * (30 + 3)]
+    assert computed(batch, "packed", 10_000) == [6 * (30 + 3) + 2 * (30 + 1)]
+    assert computed(batch, "shared_prompt", 10_000) == [2 * (30 + 3 * 3 + 1)]
+    assert computed(batch, "shared_prompt", 36) == [30 + 2 * 3] * 2 + [30 + 3 + 1] * 2  # groups are cut to the budget
+    assert computed(make_batch(shapes, prompts="worked examples"), "shared_prompt", 10_000) == [6 + 2 * (30 + 3 * 3 + 1)]
 
 
-@given(some_shapes, st.sampled_from(sorted(PROMPTS)), st.booleans(), st.integers(1, 150))
-def test_microbatches_hold_every_rollout_once_within_the_budget(
-    shapes: list[tuple[int, list[int]]], prompts: str, shared: bool, budget: int
+@given(some_shapes, st.sampled_from(sorted(PROMPTS)), st.sampled_from(LAYOUTS), st.integers(1, 150))
+def test_microbatches_hold_every_rollout_once_within_the_budget_longest_first(
+    shapes: list[tuple[int, list[int]]], prompts: str, layout: LayoutName, budget: int
 ) -> None:
     batch = make_batch(shapes, prompts=prompts)
-    parts = list(layouts.microbatches(batch, shared, budget))
-    assert sorted(i for part in parts for row in part for i in row) == list(range(len(batch.rollouts)))
-    for part, size in zip(parts, tokens_computed(batch, shared, budget), strict=True):
-        assert all(len({batch.rollouts[i].problem.id for i in row}) == 1 for row in part), "a row shares one prompt"
-        assert shared or all(len(row) == 1 for row in part)
+    parts = laid_out(batch, layout, budget)
+    rows = [row for part, _ in parts for row in part]
+    assert sorted(i for row in rows for i in row) == list(range(len(batch.rollouts)))
+    lengths = [layouts.row_length(batch, row) for row in rows]
+    assert lengths == sorted(lengths, reverse=True)
+    for row in rows:
+        assert len({batch.rollouts[i].completion.prompt_ids for i in row}) == 1, "a row shares one prompt"
+        assert layout == "shared_prompt" or len(row) == 1
+    for part, inputs in parts:
         alone = [len(row) for row in part] == [1]  # a rollout longer than the budget has to go somewhere
-        inputs = sum(len(batch.rollouts[i].completion.token_ids) - 1 for row in part for i in row)
-        no_region = 0 if inputs else len(part)  # a completion region is one token wide at least
-        assert alone or size - no_region <= budget
+        assert alone or inputs.input_ids.numel() <= budget
 
 
-# ---------------------------------------------------------------- models that cannot share a prompt
+def test_a_group_whose_prompts_differ_is_not_laid_out_under_one_of_them() -> None:
+    batch = make_batch([(3, (2, 2))])
+    other = batch.rollouts[1]
+    changed = Rollout(problem=other.problem, completion=_with_prompt(other.completion, (1, 1, 1, 1)), scores={}, reward=0.0)
+    batch = Batch(**{name: getattr(batch, name) for name in batch.__slots__} | {"rollouts": (batch.rollouts[0], changed)})
+    assert sorted(layouts.rows(batch, "shared_prompt", 1000)) == [[0], [1]]
 
 
-def test_unsupported_models_are_named_with_the_reason() -> None:
-    t: Any = transformers
-    assert layouts.unsupported(t.MistralConfig()) == "it has sliding-window attention"
-    assert layouts.unsupported(t.Gemma3TextConfig()) == "it has sliding_attention layers"
-    assert layouts.unsupported(t.Gemma3Config()) == "it has sliding_attention layers"  # said by its text_config
-    assert layouts.unsupported(t.Qwen3NextConfig()) == "it has linear_attention layers"
-    assert layouts.unsupported(t.LlamaConfig(attention_dropout=0.1)) == "it has attention dropout"
-    swa = t.Qwen2Config(use_sliding_window=True, sliding_window=8, num_hidden_layers=2, max_window_layers=0)
-    assert layouts.unsupported(swa) == "it has sliding_attention layers"
+def test_an_empty_batch_has_no_microbatches() -> None:
+    empty = make_batch([(3, (2, 2))]).select([])
+    for layout in LAYOUTS:
+        assert list(layouts.microbatches(empty, layout, 100)) == []
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
-def test_full_attention_is_supported(kind: str) -> None:
-    assert layouts.unsupported(getattr(transformers, f"{kind}Config")()) is None
+# ---------------------------------------------------------------- attention over a line
 
 
-def test_a_sliding_window_falls_back_to_padded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = toy("Mistral", sliding_window=4), make_batch()
-    truth = oracle(model, batch)
-    with pytest.warns(UserWarning, match=r"shared_prompt is not possible for this model: it has sliding-window attention; using padded"):
-        mine = ours(model, batch, True, 60)
-    assert worst(mine, truth) < 1e-5
-    monkeypatch.setattr(layouts, "unsupported", lambda config: None)
-    with pytest.raises(ValueError, match=r"sliding_window: set trainer\.layout=padded"):  # the second net
-        ours(model, batch, True, 60)
+some_trees = st.tuples(
+    st.integers(0, 9),
+    st.lists(st.tuples(st.integers(1, 12), st.lists(st.integers(0, 15), max_size=4)), min_size=1, max_size=4),
+)
+HEADS = [(4, 4, 8, 8), (6, 2, 8, 8), (4, 4, 12, 6), (2, 1, 4, 10)]  # heads, key heads, width, value width
 
 
-def test_the_composition_root_falls_back_too(tmp_path: Path) -> None:
-    from grpo.build import Machine, make_policy
-    from grpo.config import Config
-
-    toy("Mistral", sliding_window=4).save_pretrained(tmp_path)
-    config = Config()
-    config.rollout.temperature = TEMPERATURE
-    with pytest.warns(UserWarning, match="using padded"):
-        policy = make_policy(config, str(tmp_path), None, Machine(device="cpu", dtype_name="float32", cores=1))
-    batch = make_batch()
-    torch.testing.assert_close(policy.score(batch).logprobs, oracle(toy("Mistral", sliding_window=4), batch)[0], rtol=1e-5, atol=1e-5)
+def line(tree: tree_attention.Tree, heads: tuple[int, int, int, int], dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
+    num_heads, kv_heads, width, value_width = heads
+    shapes = ((num_heads, width), (kv_heads, width), (kv_heads, value_width))
+    made = [scale * torch.randn(1, len(tree.seen_until), h, w, dtype=dtype) for h, w in shapes]
+    return [values.transpose(1, 2).detach().requires_grad_() for values in made]
 
 
-@pytest.mark.parametrize("setting", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}])
+def textbook(query: Tensor, key: Tensor, value: Tensor, tree: tree_attention.Tree, scaling: float) -> Tensor:
+    shared = query.shape[1] // key.shape[1]
+    scores = scaling * query @ key.repeat_interleave(shared, 1).mT
+    return scores.masked_fill(~tree_attention.dense_mask(tree.seen_until), -torch.inf).softmax(-1) @ value.repeat_interleave(shared, 1)
+
+
+def with_gradients(attention: Any, lines: list[Tensor], *rest: Any) -> list[Tensor]:
+    out = attention(*lines, *rest)
+    weights = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view(out.shape)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), lines)]
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut and chunk at sizes that toy lines reach."""
+    monkeypatch.setattr(tree_attention, "PIECE", 4)
+    monkeypatch.setattr(tree_attention, "SLACK", 8)
+    monkeypatch.setattr(tree_attention, "CHUNK", 64)
+
+
+def check_by_parts(shape: tuple[int, list[tuple[int, list[int]]]], heads: tuple[int, int, int, int], seed: int) -> None:
+    torch.manual_seed(seed)
+    prefix, groups = shape
+    tree = tree_attention.build_tree(prefix, [p for p, _ in groups], [lengths for _, lengths in groups])
+    lines = line(tree, heads, torch.float64, scale=3.0)
+    mine, true = (with_gradients(f, lines, tree, 0.3) for f in (tree_attention.tree_attention, textbook))
+    for a, b in zip(mine, true, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@settings(max_examples=60)
+@given(some_trees, st.sampled_from(HEADS), st.integers(0, 10**6))
+def test_attention_by_parts_is_softmax_over_what_is_seen(
+    shape: tuple[int, list[tuple[int, list[int]]]], heads: tuple[int, int, int, int], seed: int
+) -> None:
+    check_by_parts(shape, heads, seed)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("heads", HEADS)
+def test_cutting_long_segments_and_chunking_scores_change_nothing(heads: tuple[int, int, int, int]) -> None:
+    for seed, shape in enumerate(((0, [(11, [13, 1, 0, 6])]), (9, [(1, [30]), (17, [2, 2, 2]), (4, [])]), (4, [(4, [4, 8])]))):
+        check_by_parts(shape, heads, seed)
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    """Scores of hundreds, either sign: e^s alone would be inf or 0 in float32, whichever part of the line holds the largest."""
+    torch.manual_seed(0)
+    tree = tree_attention.build_tree(5, [3, 7], [[4, 2], [9]])
+    query, key, value = line(tree, (2, 2, 4, 4), torch.float32, scale=20.0)
+    for sign in (1.0, -1.0):
+        lines = [query.detach().abs().requires_grad_(), (sign * key.detach().abs()).requires_grad_(), value]
+        scores = 0.5 * lines[0] @ lines[1].mT
+        assert float(scores.abs().median()) > 100
+        mine = with_gradients(tree_attention.tree_attention, lines, tree, 0.5)
+        true = with_gradients(textbook, [x.detach().double().requires_grad_() for x in lines], tree, 0.5)
+        for a, b in zip(mine, true, strict=True):
+            assert float((a - b).norm() / b.norm()) < 1e-3  # a float32 score of 10³ is good to 10⁻⁴, and so is e^s
+
+
+def test_bf16_is_as_good_as_sdpa_to_a_factor_of_four() -> None:
+    torch.manual_seed(0)
+    tree = tree_attention.build_tree(40, [20, 90], [[40, 30, 7], [60, 50]])
+    lines = [values.bfloat16() for values in line(tree, (6, 2, 64, 64), torch.float32)]
+    true = with_gradients(textbook, [x.double().requires_grad_() for x in lines], tree, 0.125)
+
+    def error(attention: Any, *rest: Any) -> list[float]:
+        mine = with_gradients(attention, [x.detach().requires_grad_() for x in lines], *rest, 0.125)
+        return [float((a - b).norm() / b.norm()) for a, b in zip(mine, true, strict=True)]
+
+    for by_parts, dense in zip(
+        error(tree_attention.tree_attention, tree), error(tree_attention.dense_tree_attention, tree.seen_until), strict=True
+    ):
+        assert by_parts < 4 * dense
+
+
+@settings(max_examples=10)
+@given(some_trees, st.integers(0, 10**6))
+def test_flex_attention_means_the_same(shape: tuple[int, list[tuple[int, list[int]]]], seed: int) -> None:
+    """Its mask function on every pair, and (uncompiled, as it runs without a GPU) its numbers."""
+    torch.manual_seed(seed)
+    prefix, groups = shape
+    tree = tree_attention.build_tree(prefix, [p for p, _ in groups], [lengths for _, lengths in groups])
+    block_mask = tree_attention.flex_mask(tree.seen_until)
+    at, none = torch.arange(len(tree.seen_until)), torch.tensor(0)
+    by_function = block_mask.mask_mod(none, none, at[:, None], at[None])
+    assert torch.equal(by_function, tree_attention.dense_mask(tree.seen_until))
+    for heads in ((4, 2, 16, 16), (6, 2, 16, 16)):
+        lines = [x.detach() for x in line(tree, heads, torch.float32)]
+        out = tree_attention.flex_tree_attention(*lines, block_mask, 0.3)
+        torch.testing.assert_close(out, textbook(*lines, tree, 0.3), rtol=1e-4, atol=1e-5)
+
+
+def test_the_dense_mask_golden() -> None:
+    """[p | q | a b | c]: p, q seen by all behind them; a by b; c by none of them."""
+    tree = tree_attention.build_tree(1, [1], [[2, 1]])
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    assert tree_attention.dense_mask(tree.seen_until).int().tolist() == expected
+
+
+def test_what_must_not_be_seen_is_not_computed() -> None:
+    """Scores computed for 16 completions of 100 tokens after a prompt of 1,000: near what is seen, far from the square of the line.
+
+    Beyond what is seen: half of the squares on the diagonal (2 · 512²/2 and 16 · 100²/2), and up to a quarter by padding to like blocks.
+    """
+    tree = tree_attention.build_tree(0, [1000], [[100] * 16])
+    computed = sum(part.queries.positions.numel() * part.keys.positions.shape[1] for part in tree.parts)
+    seen = int(tree_attention.dense_mask(tree.seen_until).sum())
+    diagonal = 512**2 + 16 * 100**2 // 2
+    assert seen < computed < 1.25 * (seen + diagonal)
+    assert computed < len(tree.seen_until) ** 2 / 2
+
+
+@pytest.mark.parametrize(
+    "setting", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}, {"is_causal": False}, {"sliding_window": 2}]
+)
 def test_attention_it_does_not_know_is_refused(setting: dict[str, Any]) -> None:
     x = torch.randn(1, 2, 3, 4)
     tree = tree_attention.build_tree(1, [1], [[1]])
-    tree_attention.attention_forward(None, x, x, x, None, tree=tree)
+    tree_attention.attention_forward(None, x, x, x, None, tree=tree, sliding_window=3)  # 3 tokens see each other in a window of 3
     with pytest.raises(ValueError, match=r"trainer\.layout=padded|attention_dropout to 0"):
         tree_attention.attention_forward(None, x, x, x, None, tree=tree, **setting)
+    with pytest.raises(ValueError, match="does not hand its keyword arguments down"):
+        tree_attention.attention_forward(None, x, x, x, None)
+
+
+def test_a_window_of_the_longest_branch_hides_nothing() -> None:
+    """``tree.longest`` is what a sliding window is compared with: the tokens of prefix, prompt and longest completion."""
+    assert tree_attention.build_tree(2, [3, 4], [[5, 1], [0]]).longest == 2 + 3 + 5

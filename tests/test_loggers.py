@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from grpo.config import ConfigError, WandbConfig, WandbMode
-from grpo.console import ConsoleLogger, clip, evaluation_line, printable, prompt_tail, sample_table, step_columns, step_line, warnings
+from grpo.console import ConsoleLogger, clip, evaluation_line, printable, prompt_tail, sample_table, step_columns, step_line, time_line, warnings
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger, has_wandb_key, wandb_mode
 from grpo.run import RunFolder
 from grpo.types import Completion, FinishReason, Group, Problem, Rollout, Score
@@ -301,3 +301,12 @@ def test_model_text_is_data() -> None:
     console = Console(file=io.StringIO(), width=80)
     console.print(sample_table(1, [make_group({"[/red] [link=x]": 1.0}).rollouts[0]], {}))
     assert "[/red] [link=x]" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_narrow_terminal_shows_the_times_in_a_line_of_their_own() -> None:
+    row = {**STEP, "time/generate": 6.14, "time/reward": 0.2, "time/update": 14.0, "time/sync": 0.4, "throughput/problems_per_s": 0.81}
+    narrow = step_columns(80, ["accuracy", "format"], 30)
+    assert time_line(narrow, row) == "    generate 6.1s · reward 0.2s · update 14.0s · sync 0.4s · 0.81 problems/s"
+    wide = step_columns(300, ["accuracy", "format"], 30)
+    assert time_line(wide, row) == ""
+    assert time_line(wide, {**row, "time/eval": 31.0}) == "    eval 31.0s", "there is no column for it"

@@ -69,7 +69,7 @@ def test_rollout_metrics_golden() -> None:
     assert metrics["reward/accuracy/mean"] == pytest.approx(3 / 5)
     assert metrics["reward/format/mean"] == pytest.approx(5 / 6)
     assert metrics["reward/format/weighted"] == pytest.approx(5 / 12)
-    assert metrics["outcome/accuracy/timeout"] == 1
+    assert metrics["unscored/accuracy/timeout"] == 1
     assert metrics["outcome/format/wrong_format"] == 1
     assert not any(key.endswith("/ok") for key in metrics)
     assert metrics["rollout/pass_rate"] == pytest.approx(3 / 6)  # the unscored one does not pass

@@ -25,6 +25,7 @@ from grpo.config import ConfigError
 from grpo.interrupt import Interrupted, StopSignal
 from grpo.learner import Learner, merge_metrics
 from grpo.recipe import load_recipe, load_run
+from grpo.rewards.health import RewardFailure
 from grpo.rollouts.hf import HFEngine
 from grpo.run import RunFolder
 from grpo.trainer import Trainer
@@ -369,3 +370,11 @@ def test_updates_without_a_metric_do_not_count_in_its_mean() -> None:
     """A minibatch without signal has no ratio: it must not pull the mean to zero."""
     updates = [{"policy/ratio": 1.0, "policy/grad_norm": 3.0}, {"policy/grad_norm": 0.0}]
     assert merge_metrics(updates) == {"policy/ratio": 1.0, "policy/grad_norm": 1.5}
+
+
+def test_a_run_stops_when_its_graders_fail_and_keeps_what_they_said(recipe: str) -> None:
+    (Path(recipe).parent / "my_rewards.py").write_text("def digits(completion, problem):\n    raise KeyError('anser')\n")
+    with pytest.raises(RewardFailure, match=r"(?s)8 of 8 rollouts of the step unscored .*reward\.digits error × 8.*KeyError: 'anser'"):
+        run_recipe(recipe, "run.name=failing", "eval.problems=0")
+    run = RunFolder.open(Path(recipe).parent / "runs" / "digits" / "failing")
+    assert all("KeyError: 'anser'" in row["detail/digits"] for row in run.read_rollouts(1).to_pylist())
