@@ -36,6 +36,7 @@ from grpo.rewards.health import UnscoredStop
 from grpo.rewards.runtime import RewardRuntime
 from grpo.rollout_table import groups_of
 from grpo.rollouts.collect import Collector
+from grpo.rollouts.scoring import RemoteRuntimes, scoring_runtime
 from grpo.run import RunFolder
 from grpo.trainer import Settings, Trainer
 from grpo.types import Group, Problem, Sampling
@@ -173,9 +174,10 @@ def make_policy(config: Config, folder: str, tokenizer: Any, where: Machine) -> 
     )
 
 
-def make_runtime(checked: Plan) -> RewardRuntime:
+def make_runtime(checked: Plan) -> RewardRuntime | RemoteRuntimes:
+    """Where Ray runs on several nodes, one runtime on each: call it after the engine."""
     s = checked.config.scoring
-    return RewardRuntime(checked.rewards, num_workers=s.workers, cpu_s=s.cpu_s, memory_mb=s.memory_mb)
+    return scoring_runtime(checked.rewards, num_workers=s.workers, cpu_s=s.cpu_s, memory_mb=s.memory_mb)
 
 
 def make_learner(checked: Plan, policy: HFPolicy) -> Learner:
@@ -324,6 +326,7 @@ def assemble(
         settings=Settings(
             steps=config.run.steps,
             problems_per_step=config.rollout.problems_per_step,
+            sampling_rounds=config.rollout.sampling_rounds,
             checkpoint_every=config.run.checkpoint_every,
             keep_checkpoints=config.run.keep_checkpoints,
             eval_every=config.eval.every,

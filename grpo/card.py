@@ -87,6 +87,11 @@ def _batch(plan: Plan) -> Iterator[str]:
         yield "The engine's log-probs differ a little from the trainer's (another numeric path): the corrections above weigh that."
     elif not plan.corrections and not behavior:
         yield "Nothing corrects for the difference between the engine's log-probs and the trainer's; `sampler/k3` shows how large it is."
+    if config.rollout.sampling_rounds > 1:
+        yield (
+            f"Groups without signal are replaced by further problems in up to {config.rollout.sampling_rounds} rounds: a step may sample "
+            f"more than {total} completions; all are stored, and the reward metrics are of all."
+        )
     if samples == 1:
         yield "Groups of one: an advantage that compares within the group is always 0."
     if _centred(plan):

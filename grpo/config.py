@@ -125,6 +125,7 @@ class RolloutConfig:
     engine: EngineName = doc("vllm, hf (transformers) or scripted", EngineName.vllm)
     problems_per_step: int = doc("problems drawn each step", 16)
     completions_per_problem: int = doc("completions sampled for each problem: the group", 8)
+    sampling_rounds: int = doc("dynamic sampling: groups without signal are replaced by further problems in up to so many rounds; 1: off", 1)
     max_new_tokens: int = doc("token limit of a completion", 256)
     temperature: float = doc("sampling temperature of training rollouts", 1.0)
     top_p: float = doc("nucleus sampling; 1 is off", 1.0)
@@ -265,7 +266,7 @@ def validate(config: Config) -> None:
     check(math.isfinite(c.scoring.cpu_s) and c.scoring.cpu_s > 0, "scoring.cpu_s", "it must be a positive number of seconds", "5 is usual")
     check(c.scoring.memory_mb >= 1, "scoring.memory_mb", "it counts MiB", "2048 is usual")
     check(0 <= c.scoring.unscored_share <= 1, "scoring.unscored_share", "it is a share", "set it between 0 and 1; 1 never stops")
-    for key in ("problems_per_step", "completions_per_problem", "max_new_tokens", "num_engines"):
+    for key in ("problems_per_step", "completions_per_problem", "sampling_rounds", "max_new_tokens", "num_engines"):
         check(getattr(c.rollout, key) >= 1, f"rollout.{key}", "it must be at least 1", "raise it")
     for section in ("rollout", "eval"):
         node = getattr(c, section)

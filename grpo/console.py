@@ -22,6 +22,7 @@ from rich.text import Text
 
 from grpo.loggers import Advantages, Logger
 from grpo.metrics import best_and_worst, duration, headline, mean, series
+from grpo.rewards.health import failures
 from grpo.rollout_table import rollout_key
 from grpo.run import RunFolder
 from grpo.types import Group, Outcome, Rollout, Score
@@ -83,6 +84,8 @@ class ConsoleLogger(Logger):
             self._print(Text(evaluation_line(metrics, self._eval_temperature), style="bold cyan"))
 
     def log_rollouts(self, step: int, groups: Sequence[Group], advantages: Advantages | None = None) -> None:
+        for failure in failures(groups):
+            self._print(Text(f"warning: {failure}", style="yellow"))
         if self._sample_every and step % self._sample_every == 0:
             samples = sample_rollouts(groups)
             if samples:

@@ -28,8 +28,8 @@ def rollout_metrics(groups: Sequence[Group], metric: str, weights: Mapping[str, 
         weights: weight of each reward part in the sum.
 
     Returns:
-        ``reward/…``, ``outcome/<part>/<outcome>`` and ``unscored/<part>/<outcome>`` (those that occurred), ``rollout/…``,
-        ``completion/…``.
+        ``reward/…``, ``outcome/<part>/<outcome>``, ``unscored/<part>/<outcome>`` and ``tag/<part>/<tag>`` (those that occurred),
+        ``rollout/…``, ``completion/…``.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [rollout.reward for rollout in rollouts if rollout.scored]
@@ -195,7 +195,8 @@ def _outcome_counts(rollouts: Sequence[Rollout]) -> dict[str, float]:
         for part, score in rollout.scores.items()
         if score.outcome is not Outcome.ok
     )
-    return {f"{kind}/{part}/{outcome}": float(count) for (kind, part, outcome), count in outcomes.items()}
+    tags = Counter(("tag", part, tag) for rollout in rollouts for part, score in rollout.scores.items() for tag in score.tags)
+    return {f"{kind}/{part}/{name}": float(count) for (kind, part, name), count in [*outcomes.items(), *tags.items()]}
 
 
 def _completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -172,19 +172,21 @@ def load_both_splits(checked: Plan, chat: Callable[[str], str] | None = None) ->
 
 
 def check_gold(found: list[Problem], rewards: tuple[RewardPart, ...]) -> None:
-    """A gold answer that the math grader cannot read is an error now, not a silent 0 at step 3,000."""
-    from grpo.rewards import math
+    """Gold answers that the math grader cannot read, tests that the code reward cannot run: an error now, not a silent 0 at step 3,000."""
+    from grpo.rewards.code import check_tests
+    from grpo.rewards.math import check_gold as check_answer
 
-    if not any(part.ref.target == "grpo.rewards.math.accuracy" for part in rewards):
-        return
-    unreadable = [(p.id, message) for p in found if (message := math.check_gold(p.answer))]
-    if unreadable:
-        shown = "; ".join(f"{name}: {message}" for name, message in unreadable[:5])
-        raise ConfigError(
-            "data.answer_key",
-            f"{len(unreadable)} of {len(found)} gold answers cannot be graded: {shown}",
-            "correct these rows, or use another reward",
-        )
+    checks: dict[str, tuple[str, Callable[[Problem], str | None]]] = {
+        "grpo.rewards.math.accuracy": ("data.answer_key", lambda problem: check_answer(problem.answer)),
+        "grpo.rewards.code.code_reward": ("data.problems", check_tests),
+    }
+    for target in {part.ref.target for part in rewards} & checks.keys():
+        key, check = checks[target]
+        unreadable = [(p.id, message) for p in found if (message := check(p))]
+        if unreadable:
+            shown = "; ".join(f"{name}: {message}" for name, message in unreadable[:5])
+            what = f"{len(unreadable)} of {len(found)} problems cannot be graded by {target}: {shown}"
+            raise ConfigError(key, what, "correct these rows, or use another reward")
 
 
 def anchor_paths(checked: Plan) -> None:

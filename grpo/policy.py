@@ -5,13 +5,10 @@ The trainer never sees a parameter or a gradient, only ``score`` and ``update`` 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import math
 import time
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -19,12 +16,17 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from grpo import layouts, tree_attention
+from grpo import layouts, memory
 from grpo.batch import Batch
-from grpo.logprobs import token_logprobs
+from grpo.layouts import LayoutName, ModelInputs
+from grpo.logprobs import head_logprobs
 from grpo.losses import Loss, Stat, TokenScores, merge
+from grpo.model_support import check_layout, plan_layout, without_noise
+from grpo.types import Rollout
 
 Metrics = dict[str, float]
+
+PIECE = 2**20  # numbers of a gradient that are added at a time: their fp32 copy stays in the processor's cache
 
 
 class Policy(Protocol):
@@ -77,11 +79,11 @@ def learning_rate(update: int, s: OptimSettings) -> float:
 
 
 class HFPolicy:
-    """A transformers causal language model: weights in ``dtype`` for computing, fp32 masters for learning.
+    """A transformers causal language model: weights in ``dtype`` for computing, masters in at least fp32 for learning.
 
     AdamW on bf16 weights loses updates of this size to rounding, and autocast over fp32 weights casts all of them at every
     pass; so the model holds the compute copy, gradients are added up in fp32 as they appear, and the copy is renewed after
-    each step – what FSDP2's mixed precision does, on one process.
+    each step – what FSDP2's mixed precision does, on one process. A float64 model is float64 throughout.
     """
 
     def __init__(
@@ -94,25 +96,23 @@ class HFPolicy:
         temperature: float = 1.0,
         shared_prompt: bool = True,
         tokens_per_microbatch: int = 4096,
-        logprob_chunk: int = 256,
+        logprob_chunk: int = 32,
         tokenizer: Any = None,
     ) -> None:
-        if shared_prompt and (why := layouts.unsupported(model.config)):
-            warnings.warn(f"trainer.layout=shared_prompt is not possible for this model: {why}; using padded", stacklevel=2)
-            shared_prompt = False
         self.device, self.dtype, self.temperature, self.optim = torch.device(device), dtype, temperature, optim
-        self.shared_prompt, self.tokens_per_microbatch, self.logprob_chunk = shared_prompt, tokens_per_microbatch, logprob_chunk
-        self.tokenizer = tokenizer
+        self.tokens_per_microbatch, self.logprob_chunk, self.tokenizer = tokens_per_microbatch, logprob_chunk, tokenizer
         self.model = model.to(self.device).train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # a ratio of log-probs under two dropout masks means nothing
+        without_noise(model)
         _check_head(self.model, self.device)
-        if self.shared_prompt:
-            tree_attention.register()
-            self.model.set_attn_implementation(tree_attention.NAME)
-        self.num_updates = 0
-        self.masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
+        self.plan = plan_layout(self.model, "shared_prompt" if shared_prompt else "padded")
+        self._plan_checked = False
+        if self.device.type == "cpu":
+            memory.reuse_freed_pages()
+            if type(embedding := self.model.get_input_embeddings()) is nn.Embedding:
+                embedding.sparse = True  # a gradient of the rows that were looked up, not of the whole vocabulary
+        self.num_updates = self.num_skipped = 0
+        exact = torch.promote_types(dtype, torch.float32)
+        self.masters = {name: nn.Parameter(p.detach().to(exact, copy=True).contiguous()) for name, p in model.named_parameters()}
         for name, parameter in model.named_parameters():  # parameters only: rotary frequencies and other buffers stay fp32
             parameter.data = parameter.data.to(dtype)
             self.masters[name].grad = torch.zeros_like(self.masters[name])
@@ -123,18 +123,19 @@ class HFPolicy:
     def _accumulate(master: nn.Parameter) -> Any:
         def hook(parameter: Tensor) -> None:
             assert master.grad is not None and parameter.grad is not None
-            master.grad.add_(parameter.grad)
+            _add(master.grad, parameter.grad)
             parameter.grad = None
 
         return hook
 
     def score(self, batch: Batch) -> TokenScores:
-        dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
-        logprobs, entropy = torch.zeros(batch.num_tokens, dtype=dtype), torch.zeros(batch.num_tokens, dtype=dtype)
+        exact = torch.promote_types(self.dtype, torch.float32)
+        logprobs, entropy = torch.zeros(batch.num_tokens, dtype=exact), torch.zeros(batch.num_tokens, dtype=exact)
+        layout = self._layout(batch.rollouts)
         starts = torch.searchsorted(batch.rollout_index, torch.arange(len(batch.rollouts) + 1))
         with torch.no_grad():
-            for part_rows in layouts.microbatches(batch, self.shared_prompt, self.tokens_per_microbatch):
-                scores = self._forward(batch, part_rows)
+            for part_rows in layouts.microbatches(batch, layout, self.tokens_per_microbatch):
+                scores = self._scores(layouts.lay_out(_of(batch, part_rows), layout))
                 where = torch.cat([torch.arange(int(starts[i]), int(starts[i + 1])) for row in part_rows for i in row])
                 logprobs[where], entropy[where] = scores.logprobs.cpu(), scores.entropy.cpu()
         return TokenScores(logprobs=logprobs, entropy=entropy)
@@ -142,26 +143,28 @@ class HFPolicy:
     def update(self, minibatch: Batch, loss: Loss) -> Metrics:
         start = time.perf_counter()
         trained = minibatch.with_signal() if loss.signal_only else minibatch
-        parts: list[Mapping[str, Stat]] = []
-        total_loss, computed = 0.0, 0
-        for part_rows in layouts.microbatches(trained, self.shared_prompt, self.tokens_per_microbatch):
+        layout = self._layout(trained.rollouts)
+        losses: list[Tensor] = []
+        stats: list[Mapping[str, Stat]] = []
+        for part_rows in layouts.microbatches(trained, layout, self.tokens_per_microbatch):
             part = trained.select([i for row in part_rows for i in row])
-            output = loss(self._forward(trained, part_rows), _to(part, self.device))
+            output = loss(self._scores(layouts.lay_out(_of(trained, part_rows), layout)), _to(part, self.device))
             output.loss.backward()
-            total_loss += float(output.loss.detach())
-            computed += sum(len(r.completion.token_ids) for r in part.rollouts)
-            parts.append(output.stats)
-        metrics = {"policy/loss": total_loss, "policy/trained_rollouts": float(len(trained.rollouts))}
+            losses.append(output.loss.detach())  # a tensor, as the stats are: to read it here would make a GPU wait
+            stats.append(output.stats)
+        total = float(torch.stack(losses).sum()) if losses else 0.0
+        metrics = {"policy/loss": total, "policy/trained_rollouts": float(len(trained.rollouts))}
         if trained.rollouts:
-            metrics |= self._step()
-        for name, stat in merge(parts).items():
+            metrics |= self._step(finite=math.isfinite(total))
+        for name, stat in merge(stats).items():
             metrics[name] = stat.mean
             if name in ("sampler/logprob_diff", "policy/ratio"):
                 metrics[name + "_max"] = stat.maximum
-        if self.device.type == "cpu":
-            release_freed_memory()
         seconds = time.perf_counter() - start
-        return metrics | {"throughput/update_tokens": float(computed), "throughput/tokens_per_s_update": computed / seconds}
+        return metrics | {
+            "throughput/update_tokens": float(trained.num_tokens),
+            "throughput/tokens_per_s_update": trained.num_tokens / seconds,
+        }
 
     def weights(self) -> Mapping[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters()}
@@ -171,6 +174,7 @@ class HFPolicy:
             "masters": {n: p.detach() for n, p in self.masters.items()},
             "optimiser": self.optimiser.state_dict(),
             "num_updates": self.num_updates,
+            "num_skipped": self.num_skipped,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -178,7 +182,7 @@ class HFPolicy:
             for name, master in self.masters.items():
                 master.copy_(state["masters"][name])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.num_updates = state["num_updates"]
+        self.num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
         self._renew()
 
     def save(self, folder: Path) -> None:
@@ -194,35 +198,46 @@ class HFPolicy:
         clone.optimiser = torch.optim.SGD(clone.masters.values(), lr=0.0)
         return clone
 
-    def _forward(self, batch: Batch, part_rows: list[list[int]]) -> TokenScores:
-        inputs = layouts.lay_out([[batch.rollouts[i] for i in row] for row in part_rows], self.shared_prompt).to(self.device)
+    def _layout(self, rollouts: Sequence[Rollout]) -> LayoutName:
+        """The layout for these rollouts. The first ones are laid out in two ways, to see that the model gives the same."""
+        if rollouts and not self._plan_checked:
+            with torch.no_grad():
+                self.plan = check_layout(self.model, self.plan, rollouts, lambda inputs: self._scores(inputs).logprobs)
+            self._plan_checked = True
+        return self.plan.choose(self.model, rollouts)
+
+    def _scores(self, inputs: ModelInputs) -> TokenScores:
+        inputs = inputs.to(self.device)
         hidden = self.model.base_model(
-            input_ids=inputs.input_ids,
-            position_ids=inputs.position_ids,
-            use_cache=False,
-            **({"tree": inputs.tree} if inputs.tree else {"attention_mask": inputs.attention_mask}),
+            input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **inputs.attention
         ).last_hidden_state
         head = self.model.get_output_embeddings()
-        logprobs, entropy = token_logprobs(
-            hidden.flatten(0, 1)[inputs.gather], head.weight, head.bias, inputs.targets, self.temperature, self.logprob_chunk
-        )
+        predictors = hidden.flatten(0, 1)[inputs.gather]
+        logprobs, entropy = head_logprobs(head, predictors, inputs.targets, self.temperature, self.logprob_chunk)
         return TokenScores(logprobs=logprobs, entropy=entropy)
 
-    def _step(self) -> Metrics:
-        """Clip, step, renew the compute copy."""
+    def _step(self, finite: bool) -> Metrics:
+        """Clip, step, renew the compute copy. A loss or a gradient that is not finite moves nothing, the optimiser's state included.
+
+        Args:
+            finite: whether the loss is.
+        """
         masters = list(self.masters.values())
         norm = torch.nn.utils.get_total_norm([cast(Tensor, m.grad) for m in masters])
-        if self.optim.max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(masters, self.optim.max_grad_norm, norm)
         rate = learning_rate(self.num_updates, self.optim)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.step()
+        if finite and bool(norm.isfinite()):
+            if self.optim.max_grad_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(masters, self.optim.max_grad_norm, norm)
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            self.optimiser.step()
+            self._renew()
+        else:
+            self.num_skipped += 1
         for master in masters:
             cast(Tensor, master.grad).zero_()
         self.num_updates += 1
-        self._renew()
-        return {"policy/grad_norm": float(norm), "policy/lr": rate}
+        return {"policy/grad_norm": float(norm), "policy/lr": rate, "optim/skipped_updates": float(self.num_skipped)}
 
     @torch.no_grad()
     def _renew(self) -> None:
@@ -247,18 +262,26 @@ def _check_head(model: Any, device: torch.device) -> None:
         )
 
 
-def release_freed_memory() -> None:
-    """Give the activations' memory back to the system, for the engine's turn: glibc keeps it, in pieces that grow with every step."""
-    with contextlib.suppress(OSError, AttributeError):  # elsewhere than on glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def _optimiser(parameters: list[nn.Parameter], s: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
     if s.name == "sgd":
         return torch.optim.SGD(parameters, lr=s.lr, weight_decay=s.weight_decay)
     return torch.optim.AdamW(
         parameters, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, fused=device.type in ("cpu", "cuda")
     )
+
+
+def _add(into: Tensor, grad: Tensor) -> None:
+    """``into += grad``, whatever the dtype of ``grad``."""
+    if grad.is_sparse:
+        into.index_add_(0, grad._indices()[0], grad._values().to(into.dtype))  # a row that was looked up twice is there twice
+        return
+    size = PIECE if into.device.type == "cpu" else into.numel()
+    for some, more in zip(into.view(-1).split(size), grad.reshape(-1).split(size), strict=True):
+        some.add_(more)
+
+
+def _of(batch: Batch, rows: Sequence[Sequence[int]]) -> list[list[Rollout]]:
+    return [[batch.rollouts[i] for i in row] for row in rows]
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -21,7 +21,7 @@ def rollout_table(
     advantages: Mapping[RolloutKey, float],
     extra: Mapping[str, Mapping[RolloutKey, Any]],
 ) -> pa.Table:
-    """Rollouts → a table: fixed columns, then three a reward part (``score/…``, ``outcome/…``, ``detail/…``), then ``extra``.
+    """Rollouts → a table: fixed columns, then four a reward part (``score/…``, ``outcome/…``, ``detail/…``, ``tags/…``), then ``extra``.
 
     The types are written out, not inferred: an empty list or a step without one truncated rollout must not change the schema.
     """
@@ -44,13 +44,14 @@ def rollout_table(
         "finish_reason": pa.array([str(r.completion.finish_reason) for r in rollouts], pa.string()),
         "reward": pa.array([r.reward for r in rollouts], pa.float64()),
         "advantage": pa.array([advantages.get(rollout_key(r)) for r in rollouts], pa.float64()),
-        "columns": pa.array([_utf8(json.dumps(dict(r.problem.columns), default=str, ensure_ascii=False)) for r in rollouts], pa.string()),
+        "columns": pa.array([text for group in groups for text in _columns(group)], pa.string()),
     }
     for part in parts:
         scores = [r.scores.get(part) for r in rollouts]
         columns[f"score/{part}"] = pa.array([s.value if s else None for s in scores], pa.float64())
         columns[f"outcome/{part}"] = pa.array([str(s.outcome) if s else None for s in scores], pa.string())
         columns[f"detail/{part}"] = pa.array([_utf8(s.detail) if s else None for s in scores], pa.string())
+        columns[f"tags/{part}"] = pa.array([s.tags if s else () for s in scores], pa.list_(pa.string()))
     for column, values in extra.items():
         if column in columns:
             raise ValueError(f"extra column {column!r} is a column already: give it another name")
@@ -65,8 +66,12 @@ def rollout_key(rollout: Rollout) -> RolloutKey:
 def groups_of(table: pa.Table) -> tuple[Group, ...]:
     """The groups that ``rollout_table`` was given, in their order; a column that JSON cannot hold comes back as its text."""
     by_problem: dict[str, list[Rollout]] = {}
+    columns: dict[str, Any] = {}
     for row in table.to_pylist():
-        by_problem.setdefault(row["problem_id"], []).append(_rollout(row))
+        name = row["problem_id"]
+        if row["columns"] is not None:
+            columns[name] = json.loads(row["columns"])
+        by_problem.setdefault(name, []).append(_rollout(row, columns[name]))
     return tuple(Group(problem=rollouts[0].problem, rollouts=tuple(rollouts)) for rollouts in by_problem.values())
 
 
@@ -78,15 +83,22 @@ def parts_of(row: Mapping[str, Any]) -> dict[str, Score]:
             value=math.nan if row[f"score/{name}"] is None else row[f"score/{name}"],
             outcome=Outcome(row[f"outcome/{name}"]),
             detail=row[f"detail/{name}"],
+            tags=tuple(row[f"tags/{name}"]),
         )
         for name in names
         if row[f"outcome/{name}"] is not None
     }
 
 
-def _rollout(row: Mapping[str, Any]) -> Rollout:
+def _columns(group: Group) -> list[str | None]:
+    """The problem's columns as JSON with the first rollout of a group, null with the others: a problem's tests may be megabytes."""
+    text = _utf8(json.dumps(dict(group.problem.columns), default=str, ensure_ascii=False))
+    return [text if i == 0 else None for i in range(len(group.rollouts))]
+
+
+def _rollout(row: Mapping[str, Any], columns: Mapping[str, Any]) -> Rollout:
     return Rollout(
-        problem=Problem(id=row["problem_id"], prompt=row["prompt"], answer=row["answer"], columns=json.loads(row["columns"])),
+        problem=Problem(id=row["problem_id"], prompt=row["prompt"], answer=row["answer"], columns=columns),
         completion=Completion(
             problem_id=row["problem_id"],
             index=row["index"],

@@ -18,8 +18,10 @@ from grpo.data import ProblemSource
 from grpo.interrupt import StopSignal
 from grpo.learner import Learner
 from grpo.loggers import Logger
-from grpo.metrics import eval_metrics, rollout_metrics
+from grpo.metrics import eval_metrics, has_signal, rollout_metrics
 from grpo.rewards.health import RewardFailure, UnscoredStop
+from grpo.rollout_table import rollout_key
+from grpo.rollouts.dynamic import Draw, draw_groups
 from grpo.run import RunFolder
 from grpo.types import Group, Problem
 
@@ -45,6 +47,7 @@ class Settings:
 
     steps: int
     problems_per_step: int
+    sampling_rounds: int = 1
     checkpoint_every: int = 10
     keep_checkpoints: int = 1
     eval_every: int = 10
@@ -83,21 +86,18 @@ class Trainer:
                 try:
                     with stop.anywhere():
                         self.sync()
-                        groups = self.collector.collect(self.source.take(s.problems_per_step), step)
-                    self.check_graders(groups, step)
+                        drawn = self.draw(step)
+                    self.check_graders(drawn.all, step)
                 except BaseException:
                     self.source.position = position  # these problems were not trained on: resume draws them again
                     raise
-                self.times |= self.collector.timings
                 whole = False  # from here on the policy may be half a step ahead
                 with self.timed("update"):
-                    batch, updates = self.learner.learn(groups, self.logger.phase)
+                    batch, updates = self.learner.learn(drawn.kept, self.logger.phase)
                 self.step, whole = step, True
-                metrics = rollout_metrics(groups, s.eval_metric, self.reward_weights) | updates
-                if self.learner.mask_truncated:
-                    metrics["rollout/masked_truncated"] = float(sum(r.completion.truncated for g in groups for r in g.rollouts))
+                metrics = rollout_metrics(drawn.all, s.eval_metric, self.reward_weights) | updates | self.draw_metrics(drawn)
                 try:
-                    self.record(groups, batch)
+                    self.record(drawn, batch)
                     self.elapsed = before + time.monotonic() - started
                     if step == s.steps or (s.checkpoint_every and step % s.checkpoint_every == 0):
                         self.save()  # before the evaluation: whatever happens there, the step is not lost
@@ -105,12 +105,30 @@ class Trainer:
                         metrics |= self.evaluate(stop)
                 finally:  # the step is done: it is on record even if its evaluation was cut off
                     self.elapsed = before + time.monotonic() - started
-                    self.logger.log(step, metrics | self.progress(groups, time.monotonic() - begin))
+                    self.logger.log(step, metrics | self.progress(drawn.all, time.monotonic() - begin))
                 stop.check()
         except BaseException:
             if whole and self.step and self.step not in checkpoint.steps(self.run):
                 self.save()
             raise
+
+    def draw(self, step: int) -> Draw:
+        """The groups of a step, with the weights the engine has."""
+
+        def collect(problems: Sequence[Problem]) -> tuple[Group, ...]:
+            groups = self.collector.collect(problems, step)
+            for name, seconds in self.collector.timings.items():
+                self.times[name] = self.times.get(name, 0.0) + seconds
+            return groups
+
+        return draw_groups(collect, self.source.take, has_signal, self.settings.problems_per_step, self.settings.sampling_rounds)
+
+    def draw_metrics(self, drawn: Draw) -> Metrics:
+        """What was left out of the update, and why: counted, so that nothing is biased in silence."""
+        metrics = {"rollout/drawn_groups": float(len(drawn.all)), "rollout/dropped_groups": float(len(drawn.dropped))}
+        if self.learner.mask_truncated:
+            metrics["rollout/masked_truncated"] = float(sum(r.completion.truncated for g in drawn.kept for r in g.rollouts))
+        return metrics
 
     def check_graders(self, groups: Sequence[Group], step: int) -> None:
         """Stop when too much could not be scored; these rollouts, with the tracebacks, are stored all the same."""
@@ -147,14 +165,14 @@ class Trainer:
             self.best = metrics["eval/pass@1"]
         return metrics
 
-    def record(self, groups: Sequence[Group], batch: Batch) -> None:
+    def record(self, drawn: Draw, batch: Batch) -> None:
         assert batch.advantages is not None
         first_token = [int((batch.rollout_index == i).nonzero()[0]) for i in range(len(batch.rollouts))]
-        advantages = {
-            (r.problem.id, r.completion.index): float(batch.advantages[t]) for r, t in zip(batch.rollouts, first_token, strict=True)
-        }
-        self.run.write_rollouts(self.step, groups, advantages)
-        self.logger.log_rollouts(self.step, groups, advantages)
+        advantages = {rollout_key(r): float(batch.advantages[t]) for r, t in zip(batch.rollouts, first_token, strict=True)}
+        dropped = {rollout_key(r): True for g in drawn.dropped for r in g.rollouts}
+        kept = {rollout_key(r): False for g in drawn.kept for r in g.rollouts}
+        self.run.write_rollouts(self.step, drawn.all, advantages, extra={"dropped": kept | dropped})
+        self.logger.log_rollouts(self.step, drawn.all, advantages)
 
     def save(self) -> None:
         with self.timed("checkpoint"):

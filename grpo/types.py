@@ -21,7 +21,7 @@ class FinishReason(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How a score came about. Only ``ok`` and ``wrong_format`` carry a judgement of the model; see ``docs/rewards.md``."""
+    """How a score came about. With a value it judges the model, a timeout too; without one the grader failed: ``docs/rewards.md``."""
 
     ok = "ok"
     wrong_format = "wrong_format"
@@ -81,6 +81,7 @@ class Score:
     value: float
     outcome: Outcome = Outcome.ok
     detail: str = ""  # what was extracted, or the traceback
+    tags: tuple[str, ...] = ()  # counted in the metrics, e.g. ("wrong_answer",)
 
     @property
     def scored(self) -> bool:

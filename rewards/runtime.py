@@ -22,11 +22,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
 from grpo.rewards.base import RewardPart
+from grpo.rewards.limits import RewardLimits
 from grpo.rewards.wire import Job, Ready, Result, Start, decode, encode
 from grpo.types import Completion, Outcome, Problem, Score
 
@@ -36,7 +37,16 @@ _TICK_S = 0.05  # how often running tasks are compared with their deadlines
 _LONGEST_TICK_S = 0.2  # what one tick counts at most: while the machine sleeps or this process gets no time, no worker overstays
 _START_S = 60.0  # wall time for a worker to import the reward functions
 _START_ATTEMPTS = 3
+_MOST_WORKERS = 16  # of one process, unless it is told otherwise
 _JOBS_PER_MESSAGE = 16  # hides the way there and back; what hangs behind an overstaying task is handed to another worker
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A score, and the seconds its function took for it on the clock (of a batch: an equal share)."""
+
+    score: Score
+    seconds: float
 
 
 class RewardRuntime:
@@ -46,56 +56,73 @@ class RewardRuntime:
 
     Args:
         parts: the reward, from ``parse_reward_config``.
-        num_workers: tasks that run at the same time. One more worker is kept warm, so that a kill costs no start.
+        num_workers: tasks that run at the same time; 0: one a core that this process may use, 16 at most. One more worker is kept
+            warm, so that a kill costs no start.
         cpu_s: CPU time of one part on one completion. Beyond it, the score is the function's ``timeout_value`` (default NaN)
             with ``Outcome.timeout``.
         wall_s: wall-clock time of the same, for functions that wait; default 3 · cpu_s + 1, so that a loaded machine does not
             turn right answers into timeouts. Beyond it, the completion is unscored.
         memory_mb: memory a worker may allocate beyond its imports.
+
+    A part's own ``limits`` change these three for it; ``grpo.rewards.limits`` says what a batch function may take.
+
+    Raises:
+        ValueError: a limit that cannot work.
     """
 
     def __init__(
-        self, parts: Sequence[RewardPart], num_workers: int = 2, cpu_s: float = 5.0, wall_s: float | None = None, memory_mb: int = 2048
+        self, parts: Sequence[RewardPart], num_workers: int = 0, cpu_s: float = 5.0, wall_s: float | None = None, memory_mb: int = 2048
     ) -> None:
         if not parts:
             raise ValueError("a reward runtime takes at least one part")
-        if num_workers < 1 or memory_mb < 1:
-            raise ValueError(f"num_workers is {num_workers} and memory_mb {memory_mb}; both must be at least 1")
-        if not (math.isfinite(cpu_s) and cpu_s > 0) or (wall_s is not None and not wall_s > 0):
-            raise ValueError(f"cpu_s is {cpu_s} and wall_s {wall_s}; both must be positive")
-        self._names = tuple(part.name for part in parts)
-        self._num_workers = num_workers
-        self._cpu_s = cpu_s
-        self._wall_s = 3 * cpu_s + 1 if wall_s is None else wall_s
-        self._start = encode(Start(refs=tuple(part.ref for part in parts), cpu_s=cpu_s, memory_mb=memory_mb))
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it must be 1 or more, or 0 for one a core")
+        self._parts = tuple(parts)
+        self._num_workers = num_workers or min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+        general = RewardLimits(cpu_s=cpu_s, wall_s=wall_s, memory_mb=memory_mb)
+        self._limits = tuple(_limits_of(part, general) for part in parts)
+        self._start = encode(Start(parts=self._parts, limits=self._limits))
         self._lock = threading.Lock()
         self._failed_starts = 0
         self._closed = False
-        self._workers = [_Worker(self._start) for _ in range(num_workers + 1)]
+        self._workers = [_Worker(self._start) for _ in range(self._num_workers + 1)]
 
     def score(
         self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
     ) -> list[dict[str, Score]]:
         """One ``{part's name: score}`` for each completion, in their order. ``problems[i]`` is the problem of ``completions[i]``."""
-        jobs = deque(self._jobs(completions, problems))
-        scores: list[dict[str, Score]] = [{} for _ in completions]
+        judged = self.judge(completions, problems, progress)
+        return [{name: judgement.score for name, judgement in by_name.items()} for by_name in judged]
+
+    def judge(
+        self,
+        completions: Sequence[Completion],
+        problems: Sequence[Problem],
+        progress: Progress | None = None,
+        parts: Sequence[str] | None = None,
+    ) -> list[dict[str, Judgement]]:
+        """``score`` with the time that each score took; by these parts only, if they are named."""
+        names = [part.name for part in self._parts if parts is None or part.name in parts]
+        jobs = deque(self._jobs(completions, problems, names))
+        judged: list[dict[str, Judgement]] = [{} for _ in completions]
         with self._lock:
             if self._closed:
                 raise RuntimeError("this reward runtime is closed")
             try:
-                num_done = 0
-                while num_done < len(scores):
+                num_done = 0 if names else len(judged)
+                while num_done < len(judged):
                     self._dispatch(jobs)
                     for result in self._collect(jobs):
-                        scores[result.index][self._names[result.part]] = result.score
-                        if len(scores[result.index]) == len(self._names):
-                            num_done += 1
-                            if progress is not None:
-                                progress(num_done, len(scores))
+                        for row, score in zip(result.rows, result.scores, strict=True):
+                            judged[row][self._parts[result.part].name] = Judgement(score, result.seconds / len(result.rows))
+                            if len(judged[row]) == len(names):
+                                num_done += 1
+                                if progress is not None:
+                                    progress(num_done, len(judged))
             finally:  # only after an exception is anyone still busy, with tasks that nobody waits for
                 for worker in [worker for worker in self._workers if worker.jobs]:
                     self._replace(worker)
-        return [{name: by_name[name] for name in self._names} for by_name in scores]
+        return [{name: by_name[name] for name in names} for by_name in judged]
 
     async def score_async(
         self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
@@ -116,19 +143,31 @@ class RewardRuntime:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _jobs(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[Job]:
+    def _jobs(self, completions: Sequence[Completion], problems: Sequence[Problem], names: Sequence[str]) -> list[Job]:
+        """Batches first: they take longest. An empty call has no job."""
         if len(completions) != len(problems):
             raise ValueError(f"{len(completions)} completions but {len(problems)} problems; give one problem for each completion")
-        parts = tuple(range(len(self._names)))
-        return [
-            Job(index=index, parts=parts, payload=_payload(completion, problem))
-            for index, (completion, problem) in enumerate(zip(completions, problems, strict=True))
-        ]
+        _check_pairs(completions, problems)
+        wanted = [index for index, part in enumerate(self._parts) if part.name in names]
+        batched = [index for index in wanted if self._parts[index].style.whole_batch]
+        singly = tuple(index for index in wanted if index not in batched)
+        jobs = []
+        if batched and completions:
+            payload = _payload(completions, problems)
+            jobs += [Job(rows=tuple(range(len(completions))), parts=(index,), payload=payload) for index in batched]
+        if singly:
+            jobs += [
+                Job(rows=(row,), parts=singly, payload=_payload([completion], [problem]))
+                for row, (completion, problem) in enumerate(zip(completions, problems, strict=True))
+            ]
+        return jobs
 
     def _dispatch(self, jobs: deque[Job]) -> None:
         num_free = self._num_workers - sum(bool(worker.jobs) for worker in self._workers)
         for worker in [worker for worker in self._workers if worker.idle][:num_free]:
             size = min(max(len(jobs) // (4 * self._num_workers), 1), _JOBS_PER_MESSAGE, len(jobs))  # small at the end: all finish together
+            if jobs and len(jobs[0].rows) > 1:
+                size = 1  # nothing waits behind a batch
             if size:
                 worker.assign([jobs.popleft() for _ in range(size)])
 
@@ -144,22 +183,25 @@ class RewardRuntime:
             worker.waited += passed
         results = [result for worker in self._workers for result in worker.take_results()]
         for worker in list(self._workers):
-            if verdict := worker.verdict(self._cpu_s, self._wall_s):
+            if worker.exhausted:
+                results += self._replace_and_requeue(worker, None, jobs)
+            elif verdict := worker.verdict(self._limits):
                 results += self._replace_and_requeue(worker, verdict, jobs)
         return results
 
-    def _replace_and_requeue(self, worker: _Worker, verdict: Score, jobs: deque[Job]) -> list[Result]:
+    def _replace_and_requeue(self, worker: _Worker, verdict: Score | None, jobs: deque[Job]) -> list[Result]:
+        """End a worker; blame the task it is at for the verdict, if there is one and the task did not end in the meantime."""
         self._failed_starts = 0 if any(other.ready for other in self._workers) else self._failed_starts + 1
-        if self._failed_starts >= _START_ATTEMPTS:
+        if verdict is not None and self._failed_starts >= _START_ATTEMPTS:
             raise RuntimeError(f"reward workers do not start: {verdict.detail}; what they say is on standard error")
+        waited = worker.waited
         self._replace(worker)
         results = list(worker.take_results())  # what it could still send
-        in_time = bool(results) and verdict.outcome is Outcome.timeout  # the task did end: nobody is to blame
-        if worker.jobs and not in_time:
-            current = worker.jobs.popleft()
-            results.append(Result(index=current.index, part=current.parts[0], score=verdict, cpu_clock=math.nan))
-            if len(current.parts) > 1:
-                worker.jobs.appendleft(replace(current, parts=current.parts[1:]))
+        in_time = bool(results) and verdict is not None and verdict.outcome is Outcome.timeout
+        if worker.jobs and verdict is not None and not in_time:
+            rows, part = worker.jobs[0].rows, worker.jobs[0].parts[0]
+            results.append(Result(rows=rows, part=part, scores=(verdict,) * len(rows), seconds=waited, cpu_clock=math.nan))
+            worker.part_done()
         jobs.extendleft(reversed(worker.jobs))
         worker.jobs.clear()
         return results
@@ -176,6 +218,7 @@ class _Worker:
         self.jobs: deque[Job] = deque()  # assigned and not done; the first part of the first one is running
         self.ready: Ready | None = None
         self.eof = False
+        self.exhausted = False
         self.channel, theirs = socket.socketpair()
         self.channel.setblocking(False)
         self._incoming = bytearray()
@@ -191,6 +234,7 @@ class _Worker:
             )
         self.waited = 0.0  # wall time since the running task began, as the parent has seen it pass
         self._task_cpu_clock = 0.0
+        self._queued: float | None = None  # seconds in the queue for a core, when the running task was first looked at
         self.exchange()
 
     @property
@@ -201,7 +245,7 @@ class _Worker:
     def assign(self, jobs: Iterable[Job]) -> None:
         self.jobs.extend(jobs)
         self.outgoing += encode(tuple(self.jobs))
-        self.waited = 0.0
+        self._task_begins()
         self.exchange()
 
     def exchange(self) -> None:
@@ -224,41 +268,64 @@ class _Worker:
 
     def take_results(self) -> Iterable[Result]:
         for message in decode(self._incoming):
-            self.waited = 0.0
+            self._task_begins()
             self._task_cpu_clock = message.cpu_clock
             if isinstance(message, Ready):
                 self.ready = message
                 continue
-            current = self.jobs.popleft()
-            if len(current.parts) > 1:
-                self.jobs.appendleft(replace(current, parts=current.parts[1:]))
+            self.part_done()
+            self.exhausted = message.exhausted
             yield message
 
-    def verdict(self, cpu_s: float, wall_s: float) -> Score | None:
+    def part_done(self) -> None:
+        """Take the running task – the first part of the first job – off the list."""
+        current = self.jobs.popleft()
+        if len(current.parts) > 1:
+            self.jobs.appendleft(replace(current, parts=current.parts[1:]))
+
+    def _task_begins(self) -> None:
+        self.waited = 0.0
+        self._queued = None
+
+    def verdict(self, limits: Sequence[RewardLimits]) -> Score | None:
         """Why this worker must go – as the score of the task it is at – or None while all is well."""
         if self.eof or self._process.poll() is not None:
-            return self._obituary(cpu_s)
-        if self.ready is None and self.waited > _START_S:
-            return Score(value=math.nan, outcome=Outcome.timeout, detail=f"a worker was not ready after {_START_S:g} s")
-        if self.ready is None or not self.jobs:
+            return self._obituary(limits)
+        if self.waited <= _TICK_S:
             return None
-        if self.waited > _TICK_S and _cpu_seconds(self._process.pid) - self._task_cpu_clock > cpu_s:
-            return self._out_of_cpu(self.ready, cpu_s)
-        if self.waited > wall_s:
-            return Score(value=math.nan, outcome=Outcome.timeout, detail=f"took more than {wall_s:g} s")
+        if self._queued is None:
+            self._queued = _seconds_in_queue(self._process.pid)
+        if self.ready is None:
+            late = self.waited > _START_S and self._waited_idle() > _START_S
+            return Score(value=math.nan, outcome=Outcome.timeout, detail=f"a worker was not ready after {_START_S:g} s") if late else None
+        if not self.jobs:
+            return None
+        allowed = self._allowed(limits)
+        if _cpu_seconds(self._process.pid) - self._task_cpu_clock > allowed.cpu_s:
+            return self._out_of_cpu(self.ready, allowed)
+        if self.waited > allowed.wall and self._waited_idle() > allowed.wall:
+            return Score(value=math.nan, outcome=Outcome.timeout, detail=f"took more than {allowed.wall:g} s")
         return None
 
-    def _obituary(self, cpu_s: float) -> Score:
+    def _waited_idle(self) -> float:
+        """Wall time of the running task without what it spent in the queue for a core: a busy machine is not its fault."""
+        return self.waited - (_seconds_in_queue(self._process.pid) - (self._queued or 0.0))
+
+    def _allowed(self, limits: Sequence[RewardLimits]) -> RewardLimits:
+        current = self.jobs[0]
+        return limits[current.parts[0]].for_batch(len(current.rows))
+
+    def _obituary(self, limits: Sequence[RewardLimits]) -> Score:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1)  # it closed the connection, so it is about to end
         code = self._process.returncode
-        if self.ready and code == -signal.SIGXCPU:
-            return self._out_of_cpu(self.ready, cpu_s)
+        if self.ready and self.jobs and code == -signal.SIGXCPU:
+            return self._out_of_cpu(self.ready, self._allowed(limits))
         return Score(value=math.nan, outcome=Outcome.crash, detail=f"the worker {_ending(code)}")
 
-    def _out_of_cpu(self, ready: Ready, cpu_s: float) -> Score:
-        value = ready.timeout_values[self.jobs[0].parts[0]] if self.jobs else math.nan
-        return Score(value=value, outcome=Outcome.timeout, detail=f"took more than {cpu_s:g} s of CPU time")
+    def _out_of_cpu(self, ready: Ready, allowed: RewardLimits) -> Score:
+        value = ready.timeout_values[self.jobs[0].parts[0]]
+        return Score(value=value, outcome=Outcome.timeout, detail=f"took more than {allowed.cpu_s:g} s of CPU time")
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -285,13 +352,34 @@ def _exchange(workers: Iterable[_Worker], timeout: float) -> None:
             key.data.exchange()
 
 
-def _payload(completion: Completion, problem: Problem) -> bytes:
-    if completion.problem_id != problem.id:
-        raise ValueError(f"completion {completion.index} of problem {completion.problem_id!r} was given problem {problem.id!r}")
+def _limits_of(part: RewardPart, general: RewardLimits) -> RewardLimits:
     try:
-        return pickle.dumps((completion, problem), protocol=pickle.HIGHEST_PROTOCOL)
+        return general.with_changes(part.limits)
+    except ValueError as error:
+        raise ValueError(f"reward.{part.name}.limits: {error}") from error
+
+
+def _check_pairs(completions: Sequence[Completion], problems: Sequence[Problem]) -> None:
+    for completion, problem in zip(completions, problems, strict=True):
+        if completion.problem_id != problem.id:
+            raise ValueError(f"completion {completion.index} of problem {completion.problem_id!r} was given problem {problem.id!r}")
+
+
+def _payload(completions: Sequence[Completion], problems: Sequence[Problem]) -> bytes:
+    try:
+        return pickle.dumps((completions, problems), protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as error:
-        raise ValueError(f"problem {problem.id!r} cannot be sent to a reward worker: {error}; its columns must be picklable") from error
+        which = f"problem {problems[0].id!r}" if len(problems) == 1 else f"one of {len(problems)} problems"
+        raise ValueError(f"{which} cannot be sent to a reward worker: {error}; its columns must be picklable") from error
+
+
+def _seconds_in_queue(pid: int) -> float:
+    """How long a process, its first thread, was ready to run and had no core; 0 where the kernel does not count it."""
+    try:
+        with open(f"/proc/{pid}/schedstat", "rb") as schedstat:
+            return int(schedstat.read().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def _cpu_seconds(pid: int) -> float:

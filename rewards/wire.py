@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.imports import FunctionRef
+from grpo.rewards.base import RewardPart
+from grpo.rewards.limits import RewardLimits
 from grpo.types import Score
 
 _LENGTH = struct.Struct("!Q")
@@ -17,16 +18,15 @@ _LENGTH = struct.Struct("!Q")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """Parent → worker, once: what to load and under which limits to run it."""
+    """Parent → worker, once: what to load and under which limits to run it, one of each a part."""
 
-    refs: tuple[FunctionRef, ...]
-    cpu_s: float
-    memory_mb: int
+    parts: tuple[RewardPart, ...]
+    limits: tuple[RewardLimits, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """Worker → parent, once: everything is loaded. ``timeout_values`` has one entry a function."""
+    """Worker → parent, once: everything is loaded. ``timeout_values`` has one entry a part."""
 
     timeout_values: tuple[float, ...]
     cpu_clock: float  # seconds of CPU time the worker has used so far
@@ -34,21 +34,26 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Parent → worker, in tuples: score one completion by these parts. The payload is pickled once and read in the worker's ``try``."""
+    """Parent → worker, in tuples: score these completions – one, or a whole batch – by these parts, one after the other.
 
-    index: int
+    The payload is pickled once and read in the worker's ``try``.
+    """
+
+    rows: tuple[int, ...]  # where the completions stand in the parent's call
     parts: tuple[int, ...]
-    payload: bytes  # pickle of (completion, problem)
+    payload: bytes  # pickle of (completions, problems)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """Worker → parent: one part of one job is done. The CPU clock is where the next task's time starts."""
 
-    index: int
+    rows: tuple[int, ...]
     part: int
-    score: Score
+    scores: tuple[Score, ...]  # one a row
+    seconds: float  # on the worker's clock, for all rows together
     cpu_clock: float
+    exhausted: bool = False  # the task ran out of memory and left the worker with too little: replace it
 
 
 def encode(message: Any) -> bytes:

@@ -7,6 +7,7 @@ kills it when a task overstays, and nothing in here needs to survive that.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import linecache
 import math
 import os
@@ -17,14 +18,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.imports import FunctionRef
-from grpo.rewards.base import attribute, call, describe
+from grpo.rewards.adapters import Scorer, scorer
+from grpo.rewards.base import RewardPart, attribute, describe
+from grpo.rewards.limits import RewardLimits
 from grpo.rewards.wire import Job, Ready, Result, Start, encode, receive
-from grpo.types import Completion, Outcome, Problem, Score
+from grpo.types import Outcome, Score
 
 _PARENT_CHECK_S = 0.5
 
@@ -40,58 +43,88 @@ def main(fd: int, parent: int) -> None:
 
 
 def serve(channel: socket.socket, start: Start) -> None:
-    functions = [load(ref) for ref in start.refs]
-    _limit_memory(start.memory_mb)
-    timeout_values = tuple(float(attribute(function, "timeout_value", math.nan)) for function in functions)
+    parts = [load(part) for part in start.parts]
+    imports = _mapped_bytes()
+    timeout_values = tuple(part.timeout_value for part in parts)
     channel.sendall(encode(Ready(timeout_values=timeout_values, cpu_clock=time.process_time())))
     while True:
         for job in receive(channel):
-            _work(channel, job, functions, start.cpu_s)
+            for part in job.parts:
+                channel.sendall(encode(_work(job, part, parts[part].score, start.limits[part], imports)))
 
 
-def _work(channel: socket.socket, job: Job, functions: Sequence[Callable[..., Any]], cpu_s: float) -> None:
-    for part in job.parts:
-        _limit_cpu(cpu_s)
-        score = _score(functions[part], job.payload)
-        channel.sendall(encode(Result(index=job.index, part=part, score=score, cpu_clock=time.process_time())))
+def _work(job: Job, part: int, score: Scorer, limits: RewardLimits, imports: int) -> Result:
+    allowed = limits.memory_mb * 2**20
+    _limit_memory(imports + allowed)
+    _limit_cpu(limits.for_batch(len(job.rows)).cpu_s)
+    started = time.perf_counter()
+    scores = _score(score, job)
+    seconds = time.perf_counter() - started
+    out_of_memory = any(score.outcome is Outcome.memory for score in scores)
+    return Result(
+        rows=job.rows,
+        part=part,
+        scores=tuple(scores),
+        seconds=seconds,
+        cpu_clock=time.process_time(),
+        exhausted=out_of_memory and _mapped_bytes() > imports + allowed // 2,
+    )
 
 
-def _score(function: Callable[..., Any], payload: bytes) -> Score:
+def _score(score: Scorer, job: Job) -> list[Score]:
     try:
-        completion, problem = pickle.loads(payload)  # once a part: what one part does to the columns, the next does not see
+        completions, problems = pickle.loads(job.payload)  # once a part: what one part does to the columns, the next does not see
     except Exception as error:  # a column whose class exists only in the trainer's process
-        return Score(value=math.nan, outcome=Outcome.error, detail=describe(error))
-    return call(function, completion, problem)
+        return _failed(error, len(job.rows))
+    return score(completions, problems)
 
 
-def load(ref: FunctionRef) -> Callable[..., Any]:
-    """The function, warmed up. If it does not load here, a function that says so for every completion."""
-    if ref.source is not None:  # so that a traceback shows the user's line although the file need not exist here
-        path = ref.target.rpartition(":")[0]
-        linecache.cache[path] = (len(ref.source), None, ref.source.splitlines(keepends=True), path)
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A part that can be called, and what its function says a completion is worth on which it ran out of CPU time."""
+
+    score: Scorer
+    timeout_value: float = math.nan
+
+
+def load(part: RewardPart) -> Loaded:
+    """The part's function, warmed up. If it does not load here, one that says so for every completion."""
+    if part.ref.source is not None:  # so that a traceback shows the user's line although the file need not exist here
+        path = part.ref.target.rpartition(":")[0]
+        linecache.cache[path] = (len(part.ref.source), None, part.ref.source.splitlines(keepends=True), path)
     try:
-        function = ref.load()
-        attribute(function, "warm_up", _nothing)()
-        return function
+        function = part.ref.load()
+        _warm_up(function, part)
+        return Loaded(scorer(function, part.style, part.columns), float(attribute(function, "timeout_value", math.nan)))
     except (Exception, SystemExit) as error:
-        failure = Score(value=math.nan, outcome=Outcome.error, detail=describe(error))
-
-    def not_loaded(completion: Completion, problem: Problem) -> Score:
-        return failure
-
-    return not_loaded
+        failure = _failed(error, 1)
+    return Loaded(lambda completions, problems: failure * len(completions))
 
 
-def _nothing() -> None:
-    pass
+def _failed(error: BaseException, num_completions: int) -> list[Score]:
+    outcome = Outcome.memory if isinstance(error, MemoryError) else Outcome.error
+    return [Score(value=math.nan, outcome=outcome, detail=describe(error))] * num_completions
 
 
-def _limit_memory(memory_mb: int) -> None:
-    """Let the functions allocate this much beyond what their imports mapped (torch alone maps gigabytes that it never uses)."""
+def _warm_up(function: Callable[..., Any], part: RewardPart) -> None:
+    warm_up = attribute(function, "warm_up", None)
+    if warm_up is not None:
+        taken = inspect.signature(warm_up).parameters.values()
+        names = {p.name for p in taken}
+        everything = any(p.kind is p.VAR_KEYWORD for p in taken)
+        warm_up(**{name: value for name, value in part.ref.kwargs.items() if everything or name in names})
+
+
+def _mapped_bytes() -> int:
+    """What this process has mapped; 0 where there is no /proc."""
     statm = Path("/proc/self/statm")
-    mapped = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 0
-    limit = mapped + memory_mb * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 0
+
+
+def _limit_memory(limit: int) -> None:
+    """Counted from what the imports mapped (torch alone maps gigabytes that it never uses)."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _limit_cpu(cpu_s: float) -> None:

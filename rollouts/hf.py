@@ -7,14 +7,16 @@ completion that has ended leaves the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.rollouts.base import Progress, Weights, check_lengths, end_of_first_stop
+from grpo.rollouts.base import Feed, Finished, Job, ServedEngine, SyncReport, Weights, check_lengths, end_of_first_stop
+from grpo.rollouts.proof import Arrivals, digest_of_values
 from grpo.rollouts.sampling import completion_key, sample, uniforms
-from grpo.rollouts.weights import check_weights
-from grpo.types import Completion, FinishReason, Request, Sampling
+from grpo.rollouts.weights import WeightStream, check_weights
+from grpo.types import Completion, FinishReason, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 _CONTEXT = 8  # prompt tokens decoded before a completion: some tokenizers drop the space in front of a text's first word
 
 
-class HFEngine:
+class HFEngine(ServedEngine):
     """``Engine`` over a transformers model.
 
     Args:
@@ -58,25 +60,42 @@ class HFEngine:
         self._end_ids = _end_ids(model, tokenizer)
         self._version = 0
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None) -> list[Completion]:
-        check_lengths(requests, sampling, getattr(self._running.config, "max_position_embeddings", None) or 2**31)
-        jobs = [(request, index) for request in requests for index in range(request.num_completions)]
-        completions: list[Completion] = []
-        for start in range(0, len(jobs), self._batch_size):
-            drafts = [_Draft(request, index) for request, index in jobs[start : start + self._batch_size]]
-            for active in self._sample(drafts, sampling):
-                if progress is not None:
-                    progress(len(completions) + len(drafts) - active, len(jobs))
-            completions += [self._completion(draft) for draft in drafts]
-        return completions
+    @property
+    def slots(self) -> int:
+        return self._batch_size
 
-    def load_weights(self, weights: Weights, version: int) -> None:
-        model = self._running
-        expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+        limit = getattr(self._running.config, "max_position_embeddings", None) or 2**31
+        waiting: list[Job] = []
+        more = True
+        while more or waiting:
+            if more:
+                jobs = feed(not waiting)
+                more = jobs is not None
+                check_lengths([job.request for job in jobs or ()], sampling, limit)
+                waiting += jobs or ()
+            drafts = [_Draft(job) for job in waiting[: self._batch_size]]
+            waiting = waiting[self._batch_size :]
+            for ended in self._sample(drafts, sampling) if drafts else [()]:
+                yield [(draft.number, self._completion(draft)) for draft in ended]
+
+    def load_weights(self, weights: Weights, version: int) -> SyncReport:
+        start = time.monotonic()
+        model, stream = self._running, WeightStream.of(weights)
+        parameters = dict(model.named_parameters())
         tied_head = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-        check_weights(weights, expected, optional=tied_head)
-        model.load_state_dict(dict(weights), strict=False)  # the names are checked; not strict, as tied ones come once
+        check_weights(stream.specs, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, optional=tied_head)
+        arrivals = Arrivals(dtypes={name: parameter.dtype for name, parameter in parameters.items()})
+        model.load_state_dict(dict(arrivals.passing(stream)), strict=False)  # the names are checked; not strict, as tied ones come once
+        read_back = arrivals.check_held({name: [digest_of_values(parameter)] for name, parameter in parameters.items()})
         self._version = version
+        return SyncReport(
+            version=version,
+            digests=arrivals.digests,
+            num_bytes=arrivals.num_bytes,
+            seconds=time.monotonic() - start,
+            read_back=read_back,
+        )
 
     def close(self) -> None:
         self._model = None
@@ -87,8 +106,8 @@ class HFEngine:
             raise RuntimeError("this engine is closed; make a new one")
         return self._model
 
-    def _sample(self, drafts: Sequence[_Draft], sampling: Sampling) -> Iterator[int]:
-        """Sample all drafts to their end, a token each at a time; yields how many are not yet ended."""
+    def _sample(self, drafts: Sequence[_Draft], sampling: Sampling) -> Iterator[list[_Draft]]:
+        """Sample all drafts to their end, a token each at a time; yields those that it ended."""
         import torch
 
         active = list(drafts)
@@ -101,10 +120,11 @@ class HFEngine:
                 draft.logprobs.append(logprob)
                 self._end(draft, sampling)
             going = [row for row, draft in enumerate(active) if draft.finish_reason is None]
+            ended = [draft for draft in active if draft.finish_reason is not None]
             active = [active[row] for row in going]
             if active:
                 steps.advance(tokens, going)
-            yield len(active)
+            yield ended
 
     def _end(self, draft: _Draft, sampling: Sampling) -> None:
         """Set the finish reason as vLLM does: an end token, else a complete stop string, else the limit."""
@@ -148,12 +168,13 @@ class HFEngine:
 class _Draft:
     """A completion on its way."""
 
-    __slots__ = ("finish_reason", "index", "key", "logprobs", "request", "text", "token_ids")
+    __slots__ = ("finish_reason", "index", "key", "logprobs", "number", "request", "text", "token_ids")
 
-    def __init__(self, request: Request, index: int) -> None:
-        self.request = request
-        self.index = index
-        self.key = completion_key(request.seed, index)
+    def __init__(self, job: Job) -> None:
+        self.number = job.number
+        self.request = job.request
+        self.index = job.index
+        self.key = completion_key(job.request.seed, job.index)
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.text = ""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Generator
 from typing import Any
 
-from grpo.rollouts.base import Progress, Weights, end_of_first_stop
+from grpo.rollouts.base import Feed, Finished, Job, ServedEngine, SyncReport, Weights, end_of_first_stop
+from grpo.rollouts.proof import Arrivals
+from grpo.rollouts.weights import WeightStream
 from grpo.types import Completion, FinishReason, Request, Sampling
 
 Answer = Callable[[str, int, int], str]  # (text of the prompt, index of the completion, seed of the request) → its text
@@ -17,7 +21,7 @@ def plausible_answer(prompt: str, index: int, seed: int) -> str:
     return f" <think> Let me see. </think> <answer> {(seed + 7 * index) % 20} </answer>"
 
 
-class ScriptedEngine:
+class ScriptedEngine(ServedEngine):
     """``Engine`` whose completions come from a function of yours.
 
     Its ``logprobs`` are those of a uniform choice from the vocabulary, −log V for each token: they are **not** the policy's.
@@ -34,26 +38,36 @@ class ScriptedEngine:
         self._answer = answer
         self.loaded_versions: list[int] = []  # every version this engine was given, in order
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None) -> list[Completion]:
-        total = sum(request.num_completions for request in requests)
-        completions: list[Completion] = []
-        for request in requests:
-            prompt = self._tokenizer.decode(list(request.prompt_ids))
-            for index in range(request.num_completions):
-                completions.append(self._complete(request, prompt, index, sampling))
-            if progress is not None:
-                progress(len(completions), total)
-        return completions
+    def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+        waiting: deque[Job] = deque()
+        more = True
+        while more or waiting:
+            if more:
+                jobs = feed(not waiting)
+                more = jobs is not None
+                waiting.extend(jobs or ())
+            if waiting:
+                job = waiting.popleft()
+                yield [(job.number, self._complete(job.request, job.index, sampling))]
+            else:
+                yield []
 
-    def load_weights(self, weights: Weights, version: int) -> None:
-        """Note the version. There is no model whose names and shapes the weights could differ from."""
+    def load_weights(self, weights: Weights, version: int) -> SyncReport:
+        """Note the version, and hash what came. There is no model whose names and shapes the weights could differ from."""
+        start = time.monotonic()
+        arrivals = Arrivals()
+        for _ in arrivals.passing(WeightStream.of(weights)):
+            pass
         self.loaded_versions.append(version)
+        return SyncReport(
+            version=version, digests=arrivals.digests, num_bytes=arrivals.num_bytes, seconds=time.monotonic() - start, read_back=0
+        )
 
     def close(self) -> None:
         """Nothing to stop."""
 
-    def _complete(self, request: Request, prompt: str, index: int, sampling: Sampling) -> Completion:
-        text = self._answer(prompt, index, request.seed)
+    def _complete(self, request: Request, index: int, sampling: Sampling) -> Completion:
+        text = self._answer(self._tokenizer.decode(list(request.prompt_ids)), index, request.seed)
         end = end_of_first_stop(text, sampling.stop)
         token_ids = self._tokenizer.encode(text[:end], add_special_tokens=False)
         if end is None and self._tokenizer.eos_token_id is not None:

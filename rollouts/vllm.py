@@ -8,14 +8,15 @@ completion: vLLM's GPU runner does not take this kind of processor.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.rollouts.base import Progress, Weights, check_lengths
+from grpo.rollouts.base import Feed, Finished, Job, ServedEngine, SyncReport, Weights, check_lengths
+from grpo.rollouts.proof import Arrivals, WeightProofError
 from grpo.rollouts.sampling import completion_key
-from grpo.rollouts.weights import Shapes, check_weights, checkpoint_shapes
+from grpo.rollouts.weights import Shapes, WeightStream, check_weights, checkpoint_shapes
 from grpo.types import Completion, FinishReason, Request, Sampling
 
 if TYPE_CHECKING:
@@ -39,15 +40,7 @@ _CPU_ARGUMENTS: Mapping[str, Any] = {
 _GPU_ARGUMENTS: Mapping[str, Any] = {"logprobs_mode": "processed_logprobs"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One completion to be sampled: vLLM's request id is its place in the list."""
-
-    request: Request
-    index: int
-
-
-class VLLMEngine:
+class VLLMEngine(ServedEngine):
     """``Engine`` over ``vllm.LLM``.
 
     Args:
@@ -96,38 +89,82 @@ class VLLMEngine:
         self._version = 0
         self._expected = _expected_shapes(model_path, revision)
         self._tied_head = {"lm_head.weight"} if self._llm.model_config.hf_config.tie_word_embeddings else set()
+        self._one_worker = self._llm.llm_engine.vllm_config.parallel_config.world_size == 1
+        self._held_dtypes: dict[str, Any] = self._llm.collective_rpc(_held_dtypes)[0] if self._one_worker else {}
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None) -> list[Completion]:
+    @property
+    def slots(self) -> int:
+        slots: int = self._running.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        return slots
+
+    def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
         engine = self._running.llm_engine
-        check_lengths(requests, sampling, self._running.model_config.max_model_len)
-        jobs = [_Job(request, index) for request in requests for index in range(request.num_completions)]
-        done: dict[int, Completion] = {}
+        longest = self._running.model_config.max_model_len
+        running: dict[str, Job] = {}
+        more = True
         try:
-            for number, job in enumerate(jobs):
-                prompt = {"prompt_token_ids": list(job.request.prompt_ids)}
-                engine.add_request(str(number), prompt, self._parameters(job, sampling))
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    number = int(output.request_id)
-                    done[number] = self._completion(jobs[number], output)
-                if progress is not None:
-                    progress(len(done), len(jobs))
-        except BaseException:  # Ctrl-C, or the caller's progress function: leave an engine that can go on
-            engine.abort_request([str(number) for number in range(len(jobs)) if number not in done])
-            raise
-        return [done[number] for number in range(len(jobs))]
+            while more or running:
+                if more:
+                    jobs = feed(not running)
+                    more = jobs is not None
+                    check_lengths([job.request for job in jobs or ()], sampling, longest)
+                    for job in jobs or ():
+                        engine.add_request(str(job.number), _prompt(job.request.prompt_ids), self._parameters(job, sampling))
+                        running[str(job.number)] = job
+                finished = engine.step() if running else []
+                yield [(job.number, self._completion(job, output)) for output in finished if (job := running.pop(output.request_id))]
+        finally:  # Ctrl-C, or the caller has had enough: leave an engine that can go on
+            engine.abort_request(list(running))
 
-    def load_weights(self, weights: Weights, version: int) -> None:
-        llm = self._running
+    def load_weights(self, weights: Weights, version: int) -> SyncReport:
+        start = time.monotonic()
+        llm, stream = self._running, WeightStream.of(weights)
         if self._expected is None:  # a checkpoint without safetensors: later weights are held against the first
-            self._expected = {name: tuple(weight.shape) for name, weight in weights.items()}
-        check_weights(weights, self._expected, optional=self._tied_head)
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights.items())})
+            self._expected = {name: spec.shape for name, spec in stream.specs.items()}
+        check_weights(stream.specs, self._expected, optional=self._tied_head)
+        arrivals = Arrivals(dtypes=self._held_dtypes)
+        passing = arrivals.passing(stream)
+        # Workers of their own get them all at once; a worker in this process, one after another as they come.
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": passing if self._one_worker else list(passing)})
         if self._on_cpu and self._tied_head:
             llm.collective_rpc(_repack_heads)
-        if not llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not drop its prefix cache: a request is still running, and would mix old weights with new ones")
+        read_back = arrivals.check_held(llm.collective_rpc(_read_back)[0]) if self._one_worker else 0
+        self.forget()
+        self._check_cache()
         self._version = version
+        return SyncReport(
+            version=version,
+            digests=arrivals.digests,
+            num_bytes=arrivals.num_bytes,
+            seconds=time.monotonic() - start,
+            read_back=read_back,
+        )
+
+    def forget(self) -> None:
+        if not self._running.reset_prefix_cache():
+            raise RuntimeError("vLLM did not drop its prefix cache: a request is still running, and would mix old weights with new ones")
+
+    def _check_cache(self) -> None:
+        """A fixed prompt, sampled after every load, must be computed as a whole: the load before left its blocks in the cache.
+
+        Raises:
+            WeightProofError: some of it was still there, computed with the old weights.
+        """
+        engine = self._running.llm_engine
+        cache = engine.vllm_config.cache_config
+        if not cache.enable_prefix_caching:
+            return
+        length = min(2 * cache.block_size + 1, self._running.model_config.max_model_len - 1)
+        job = Job(0, Request(problem_id="cache check", prompt_ids=(1,) * length, num_completions=1, seed=0), 0)
+        engine.add_request("cache check", _prompt(job.request.prompt_ids), self._parameters(job, Sampling(max_new_tokens=1)))
+        outputs: list[RequestOutput] = []
+        while not outputs:
+            outputs = engine.step()
+        if outputs[0].num_cached_tokens:
+            raise WeightProofError(
+                f"vLLM's prefix cache still holds {outputs[0].num_cached_tokens} tokens computed with the weights of before\n"
+                "  → it was told to drop them and did not; set enable_prefix_caching: false in rollout.engine_args"
+            )
 
     def close(self) -> None:
         if self._llm is None:
@@ -144,7 +181,7 @@ class VLLMEngine:
             raise RuntimeError("this engine is closed; make a new one")
         return self._llm
 
-    def _parameters(self, job: _Job, sampling: Sampling) -> SamplingParams:
+    def _parameters(self, job: Job, sampling: Sampling) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -166,7 +203,7 @@ class VLLMEngine:
             skip_clone=True,
         )
 
-    def _completion(self, job: _Job, output: RequestOutput) -> Completion:
+    def _completion(self, job: Job, output: RequestOutput) -> Completion:
         (sample,) = output.outputs
         token_ids = tuple(sample.token_ids)
         assert sample.logprobs is not None
@@ -180,6 +217,22 @@ class VLLMEngine:
             policy_versions=(self._version,) * len(token_ids),
             finish_reason=_finish_reason(sample.finish_reason),
         )
+
+
+def _prompt(token_ids: Sequence[int]) -> dict[str, list[int]]:
+    return {"prompt_token_ids": list(token_ids)}
+
+
+def _held_dtypes(worker: Any) -> dict[str, Any]:
+    from grpo.rollouts import readback  # imports vLLM
+
+    return readback.held_dtypes(worker)
+
+
+def _read_back(worker: Any) -> dict[str, list[str]]:
+    from grpo.rollouts import readback
+
+    return readback.read_back(worker)
 
 
 def _repack_heads(worker: Any) -> None:

@@ -1,8 +1,8 @@
-"""Weights on their way to an engine: what its checkpoint holds, whether what arrives is that, and a form that travels.
+"""Weights on their way to an engine: what its checkpoint holds, whether what comes is that, and a form that travels.
 
 Engines load by name and skip what they do not find: with a tensor missing, vLLM goes on with the old one and raises nothing, and
 one stale tensor drowns in the numerical noise between engine and trainer. So names and shapes are compared before anything is
-loaded.
+loaded, and ``grpo.rollouts.proof`` compares the bytes.
 """
 
 from __future__ import annotations
@@ -10,17 +10,80 @@ from __future__ import annotations
 import json
 import struct
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from grpo.rollouts.base import Weights
+
 Shapes = Mapping[str, tuple[int, ...]]
 _SHOWN = 6  # names listed in a message
+
+
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a tensor will be. ``Spec((576,), "bfloat16")``"""
+
+    shape: tuple[int, ...]
+    dtype: str  # name of its torch dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Spec:
+        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+class WeightStream:
+    """Weights that come one tensor after another: all names and shapes are known at once, the tensors can be had in order, once.
+
+    For a policy that gathers a sharded tensor only when its turn has come, and for engines that load one while the next travels.
+
+    Args:
+        specs: what will come.
+        tensors: the tensors, in any order.
+    """
+
+    def __init__(self, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self.specs = dict(specs)
+        self._tensors = tensors
+
+    @classmethod
+    def of(cls, weights: Weights) -> WeightStream:
+        """A stream as it is, or the tensors of a mapping."""
+        if isinstance(weights, WeightStream):
+            return weights
+        return cls({name: Spec.of(tensor) for name, tensor in weights.items()}, weights.items())
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors.
+
+        Raises:
+            ValueError: one that was not announced, or that came twice, or has another shape or type, or did not come.
+        """
+        left = dict(self.specs)
+        for name, tensor in self._tensors:
+            announced = left.pop(name, None)
+            if announced is None:
+                raise ValueError(f"the tensor {name!r} came twice" if name in self.specs else f"the tensor {name!r} was not announced")
+            if Spec.of(tensor) != announced:
+                raise ValueError(f"the tensor {name!r} was announced as {announced} and came as {Spec.of(tensor)}")
+            yield name, tensor
+        if left:
+            raise ValueError(f"{len(left)} tensors were announced and did not come: {shown(left)}")
+
+
+def shown(names: Collection[str]) -> str:
+    """The first few of some names, for a message."""
+    return ", ".join(sorted(names)[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -34,10 +97,11 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_weights(weights: Mapping[str, Tensor], expected: Shapes, optional: Collection[str] = ()) -> None:
+def check_weights(weights: Mapping[str, _Shaped], expected: Shapes, optional: Collection[str] = ()) -> None:
     """Refuse weights whose names or shapes are not the expected ones.
 
     Args:
+        weights: tensors, or what is known of them (``WeightStream.specs``).
         optional: names that may be left out, such as the head of a model that ties it to its embedding.
 
     Raises:
@@ -52,7 +116,7 @@ def check_weights(weights: Mapping[str, Tensor], expected: Shapes, optional: Col
         if tuple(weights[name].shape) != tuple(expected[name])
     ]
     problems = [
-        f"{len(names)} {what}: {', '.join(sorted(names)[:_SHOWN])}" + (", …" if len(names) > _SHOWN else "")
+        f"{len(names)} {what}: {shown(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
         if names
     ]
@@ -80,7 +144,7 @@ class PackedWeights:
 
         integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         arrays = {name: w.detach().cpu().contiguous().view(integers[w.element_size()]).numpy() for name, w in weights.items()}
-        return cls(arrays=arrays, dtypes={name: str(w.dtype).removeprefix("torch.") for name, w in weights.items()})
+        return cls(arrays=arrays, dtypes={name: Spec.of(w).dtype for name, w in weights.items()})
 
     def unpack(self) -> dict[str, Tensor]:
         """Tensors over the same memory, which other processes share: read them, never write."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from grpo.rollouts.base import Engine, end_of_first_stop
 from grpo.rollouts.collect import Collector, request_seed
 from grpo.rollouts.hf import HFEngine
 from grpo.rollouts.scripted import ScriptedEngine
-from grpo.rollouts.weights import PackedWeights, check_weights, checkpoint_shapes
 from grpo.types import Completion, FinishReason, Problem, Request, Sampling, Score
 
 PROMPTS = ("1+2=", "What is 17 + 4?", "a", "Assistant: (3 * 5) / 2 =")
@@ -299,35 +297,6 @@ def test_scripted_engine_cuts_long_answers(tokenizer: Any) -> None:
     engine = ScriptedEngine(tokenizer, lambda prompt, index, seed: "123456")
     (cut,) = engine.generate([Request(problem_id="a", prompt_ids=(5,), num_completions=1, seed=0)], Sampling(max_new_tokens=4))
     assert (cut.text, cut.finish_reason) == ("1234", FinishReason.length)
-
-
-# --- weights on their way ---
-
-
-def test_checkpoint_shapes_are_the_parameters(tiny_model: str) -> None:
-    expected = {name: tuple(p.shape) for name, p in reference(tiny_model).named_parameters()}
-    assert checkpoint_shapes(Path(tiny_model)) == expected
-    assert "lm_head.weight" not in expected, "the tiny model ties its head, and tied parameters come once"
-
-
-def test_a_tied_head_may_come_or_not() -> None:
-    expected = {"embed.weight": (4, 2)}
-    weights = {"embed.weight": torch.zeros(4, 2), "lm_head.weight": torch.zeros(4, 2)}
-    check_weights(weights, expected, optional={"lm_head.weight"})
-    check_weights(weights, {name: (4, 2) for name in weights}, optional={"lm_head.weight"})
-    with pytest.raises(ValueError, match=r"1 unexpected: lm_head\.weight"):
-        check_weights(weights, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64, torch.int64])
-def test_packed_weights_arrive_bit_for_bit(dtype: torch.dtype) -> None:
-    weights = {"a": torch.randn(3, 5).to(dtype), "transposed": torch.randn(4, 2).to(dtype).T, "scalar": torch.ones(()).to(dtype)}
-    packed = PackedWeights.pack(weights)
-    for array in packed.arrays.values():
-        array.flags.writeable = False  # as they are when they come from another process
-    for name, tensor in packed.unpack().items():
-        assert tensor.dtype == dtype and tensor.shape == weights[name].shape
-        assert torch.equal(tensor.double(), weights[name].double())
 
 
 # --- the collector ---

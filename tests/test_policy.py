@@ -180,6 +180,68 @@ def test_metrics_of_an_update() -> None:
     assert metrics["policy/loss"] == pytest.approx(-float(batch.advantages.mean()), abs=1e-6)  # ρ = 1: the mean advantage
 
 
+def moved_by_sgd(model: Any, loss: Loss = PLAIN, **settings: Any) -> dict[str, Tensor]:
+    """What one step of plain SGD at rate 1 takes away: exactly the gradient."""
+    policy = make_policy(model, OptimSettings(name="sgd", lr=1.0, max_grad_norm=0.0), **settings)
+    before = copied(policy.masters)
+    policy.update(make_batch(), loss)
+    return {name: before[name] - m.detach() for name, m in policy.masters.items()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_float64_model_learns_in_float64(tied: bool) -> None:
+    """Norms that do not cast make the whole model float64; its update must then be the gradient of a plain forward pass, to 1e-9."""
+    model, batch = toy(tied=tied).double(), make_batch()
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                setattr(module, name, torch.nn.RMSNorm(16, eps=child.variance_epsilon, dtype=torch.float64))
+    total = torch.zeros((), dtype=torch.float64)
+    assert batch.advantages is not None
+    for i, rollout in enumerate(batch.rollouts):
+        prompt, tokens = rollout.completion.prompt_ids, rollout.completion.token_ids
+        logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+        logprobs = logits.log_softmax(-1)[torch.arange(len(tokens)), torch.tensor(tokens)]
+        total = total - (batch.advantages[batch.rollout_index == i].double() * logprobs).sum() / batch.num_tokens
+    expected = dict(zip(dict(model.named_parameters()), torch.autograd.grad(total, list(model.parameters())), strict=True))
+    for budget in (10_000, 1):
+        moved = moved_by_sgd(copy.deepcopy(model), dtype=torch.float64, tokens_per_microbatch=budget)
+        assert all(m.dtype is torch.float64 for m in moved.values())
+        for name, gradient in expected.items():
+            torch.testing.assert_close(moved[name], gradient, rtol=1e-9, atol=1e-9 * float(gradient.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_activation_checkpointing_changes_memory_and_no_gradient(shared: bool) -> None:
+    model = toy()
+    plain = moved_by_sgd(copy.deepcopy(model), shared_prompt=shared)
+    with_gradient: list[bool] = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: with_gradient.append(torch.is_grad_enabled()))
+    model.gradient_checkpointing_enable()
+    again = moved_by_sgd(model, shared_prompt=shared)
+    assert sum(with_gradient) == 2, "forward, and once more backward"
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_moves_nothing(bad: float) -> None:
+    policy, batch = make_policy(), make_batch()
+    assert batch.advantages is not None
+    policy.update(batch, PLAIN)
+    masters, weights = copied(policy.masters), copied(policy.weights())
+    optimiser = copy.deepcopy(policy.optimiser.state_dict()["state"])
+    spoilt = replace(batch, advantages=torch.where(torch.arange(batch.num_tokens) == 2, bad, batch.advantages))
+    metrics = policy.update(spoilt, PLAIN)
+    assert metrics["optim/skipped_updates"] == policy.num_skipped == 1
+    assert same(copied(policy.masters), masters) and same(policy.weights(), weights)
+    for number, values in policy.optimiser.state_dict()["state"].items():
+        assert same(values, optimiser[number])
+    metrics = policy.update(batch, PLAIN)
+    assert math.isfinite(metrics["policy/grad_norm"]), "the spoilt gradient is gone"
+    assert metrics["optim/skipped_updates"] == 1 and not same(copied(policy.masters), masters)
+
+
 # ---------------------------------------------------------------- nothing to learn from
 
 

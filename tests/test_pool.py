@@ -7,21 +7,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from grpo.rollouts.base import Progress, Weights
-from grpo.rollouts.pool import EnginePool, _chunks, start_ray, stop_ray
+from grpo.rollouts.base import Feed, Finished, Job, ServedEngine, SyncReport, Weights
+from grpo.rollouts.pool import EnginePool, start_ray, stop_ray
+from grpo.rollouts.proof import Arrivals
+from grpo.rollouts.weights import WeightStream
 from grpo.types import Completion, FinishReason, Request, Sampling
 
 SAMPLING = Sampling(max_new_tokens=4)
 
 
-class DrillEngine:
-    """Answers with its process id. A prompt that starts with 666 kills it, 500 is an error in it, 300 takes a while."""
+class DrillEngine(ServedEngine):
+    """Answers with its process id. A prompt that starts with 666 kills it, 500 is an error in it, 300 takes a while, 900 hangs."""
+
+    slots = 4
 
     def __init__(self, greeting: str = "") -> None:
         if greeting == "broken":
@@ -29,24 +33,30 @@ class DrillEngine:
         self._version = 0
         self._total = 0.0
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None) -> list[Completion]:
-        completions: list[Completion] = []
-        for request in requests:
-            self._obey(request.prompt_ids[0], progress)
-            completions += [self._answer(request, index) for index in range(request.num_completions)]
-            if progress is not None:
-                progress(len(completions), 0)
-        return completions
+    def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+        waiting: list[Job] = []
+        more = True
+        while more or waiting:
+            jobs = feed(not waiting) if more else ()
+            more = jobs is not None
+            waiting += jobs or ()
+            if waiting:
+                job = waiting.pop(0)
+                yield from self._obey(job.request.prompt_ids[0])
+                yield [(job.number, self._answer(job.request, job.index))]
+            else:
+                yield []
 
-    def _obey(self, order: int, progress: Progress | None) -> None:
+    def _obey(self, order: int) -> Generator[Finished, None, None]:
         if order == 666:
             os.kill(os.getpid(), signal.SIGKILL)
+        if order == 900:
+            time.sleep(1000)
         if order == 500:
             raise ValueError("logits are NaN\n  → lower optim.lr")
-        for _ in range(order // 10 if order == 300 else 0):  # three seconds in steps
+        for _ in range(15 if order == 300 else 0):  # a second and a half in steps
             time.sleep(0.1)
-            if progress is not None:
-                progress(0, 0)
+            yield []
 
     def _answer(self, request: Request, index: int) -> Completion:
         return Completion(
@@ -60,11 +70,13 @@ class DrillEngine:
             finish_reason=FinishReason.stop,
         )
 
-    def load_weights(self, weights: Weights, version: int) -> None:
-        if "unknown" in weights:
+    def load_weights(self, weights: Weights, version: int) -> SyncReport:
+        stream, arrivals = WeightStream.of(weights), Arrivals()
+        if "unknown" in stream.specs:
             raise ValueError("1 unexpected: unknown")
-        self._total = sum(float(weight.double().sum()) for weight in weights.values())
+        self._total = sum(float(weight.double().sum()) for _, weight in arrivals.passing(stream))
         self._version = version
+        return SyncReport(version=version, digests=arrivals.digests, num_bytes=arrivals.num_bytes, seconds=0.0, read_back=0)
 
     def close(self) -> None:
         pass
@@ -115,18 +127,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     return False
 
 
-@pytest.mark.parametrize(
-    ("sizes", "num_engines"), [([8] * 16, 1), ([8] * 16, 3), ([1, 50, 1, 1], 2), ([300, 300, 2], 1), ([4], 3), ([], 2)]
-)
-def test_chunks_keep_the_order_and_lose_nothing(sizes: list[int], num_engines: int) -> None:
-    asked = [Request(problem_id=str(i), prompt_ids=(1,), num_completions=size, seed=0) for i, size in enumerate(sizes)]
-    chunks = _chunks(asked, num_engines)
-    assert [request for chunk in chunks for request in chunk] == asked
-    assert all(chunks) and len(chunks) <= max(num_engines, -(-sum(sizes) // 256))
-    if sizes == [8] * 16:
-        assert max(map(len, chunks)) - min(map(len, chunks)) <= 1
-
-
 @pytest.mark.slow
 def test_completions_come_in_the_order_of_the_requests(pool: EnginePool) -> None:
     calls: list[tuple[int, int]] = []
@@ -171,20 +171,10 @@ def test_an_interruption_is_quick_and_the_engines_stay_usable(pool: EnginePool) 
 
 
 @pytest.mark.slow
-def test_a_dead_engine_is_an_error_at_once(ray_cluster: None, pool: EnginePool) -> None:
+def test_a_pool_that_can_not_start_says_why(ray_cluster: None, pool: EnginePool) -> None:
     pool.close()  # its CPUs are needed
-    drill = make_pool()
-    try:
-        with pytest.raises(RuntimeError, match=r"(?s)engine \d of 2 died.*→ often the system was out of memory"):
-            drill.generate(requests(300, 666), SAMPLING)
-    finally:
-        drill.close()
     with pytest.raises(RuntimeError, match="closed"):
-        drill.generate(requests(1), SAMPLING)
-
-
-@pytest.mark.slow
-def test_a_pool_that_can_not_start_says_why(ray_cluster: None) -> None:
+        pool.generate(requests(1), SAMPLING)
     with pytest.raises(ValueError, match=r"^this model does not exist\n  → check model.path$"):
         make_pool(greeting="broken")
     with pytest.raises(ValueError, match=r"need 99, and the ray cluster has 2\n  → lower rollout.num_engines"):

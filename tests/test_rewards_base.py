@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from grpo.config import ConfigError
-from grpo.rewards.base import DETAIL_CHARS, call, combine, parse_reward_config, shorten, to_score
+from grpo.rewards.base import DETAIL_CHARS, call, call_batch, combine, parse_reward_config, shorten, to_score, to_scores
+from grpo.rewards.limits import RewardLimits
+from grpo.rewards.styles import Style
 from grpo.types import Completion, FinishReason, Outcome, Problem, Score
 
 PROBLEM = Problem(id="p", prompt="1 + 1 =", answer="2")
@@ -56,6 +58,61 @@ def test_a_setting_that_cannot_work_is_named(node: dict[str, Any], key: str) -> 
     assert caught.value.key == key
 
 
+def test_how_a_function_wants_to_be_called(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def one(completion, problem): ...\n"
+        "def many(completions, problems, scale=1.0): ...\n"
+        "def listed(rows, golds): ...\n"
+        "def slow(completion, problem): ...\n"
+        "slow.limits = {'wall_s': 60, 'memory_mb': 100}\n"
+    )
+    parts = parse_reward_config(
+        {
+            "one": {"fn": f"{path}:one"},
+            "many": {"fn": f"{path}:many", "scale": 2},
+            "listed": {"fn": f"{path}:listed"},
+            "batch": {"fn": f"{path}:listed", "style": "batch"},
+            "slow": {"fn": f"{path}:slow", "limits": {"memory_mb": 200, "cpu_s": 10}},
+        }
+    )
+    assert [part.style for part in parts] == [Style.plain, Style.batch, Style.plain, Style.batch, Style.plain]
+    assert [dict(part.limits) for part in parts[:4]] == [{}] * 4
+    assert dict(parts[4].limits) == {"wall_s": 60, "memory_mb": 200, "cpu_s": 10}  # the configuration has the last word
+
+
+# ---- limits
+
+
+def test_limits() -> None:
+    assert RewardLimits(cpu_s=2.0).wall == 7.0  # 3 · 2 + 1
+    assert RewardLimits(cpu_s=2.0, wall_s=60.0).wall == 60.0
+    waits = RewardLimits(cpu_s=2.0, wall_s=60.0)
+    assert waits.with_changes({}) == waits
+    assert waits.with_changes({"cpu_s": 1.0}).wall == 4.0  # 3 · 1 + 1
+    assert waits.with_changes({"cpu_s": 1.0, "wall_s": 5.0}).wall == 5.0
+    assert [waits.for_batch(n).cpu_s for n in (0, 1, 16, 17, 64)] == [2.0, 2.0, 2.0, 4.0, 8.0]
+    assert [waits.for_batch(n).wall for n in (16, 17)] == [60.0, 120.0]
+    assert RewardLimits(cpu_s=2.0).for_batch(32).wall == 13.0  # 3 · 4 + 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"cpu_s": 0}, "cpu_s is 0; it must be a positive number"),
+        ({"cpu_s": math.nan}, "cpu_s is nan"),
+        ({"cpu_s": True}, "cpu_s is True"),
+        ({"wall_s": -1.0}, "wall_s is -1.0"),
+        ({"wall_s": 4.0}, "wall_s is 4 and cpu_s 5; wall_s must be at least cpu_s"),
+        ({"memory_mb": 0}, "memory_mb is 0"),
+        ({"memory_mb": 1.5}, "memory_mb is 1.5; it must be a whole number"),
+    ],
+)
+def test_a_limit_that_cannot_work_is_refused(limits: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        RewardLimits(**limits)
+
+
 # ---- what a function may return
 
 
@@ -93,6 +150,30 @@ def test_a_score_is_kept() -> None:
     late = Score(value=math.nan, outcome=Outcome.timeout)
     assert to_score(late).outcome is Outcome.timeout
     assert len(to_score(Score(value=1, detail="x" * 10_000)).detail) == DETAIL_CHARS
+
+
+def test_what_a_batch_function_may_return() -> None:
+    assert to_scores([1, None, 0.5], 3) == [Score(value=1.0), to_score(None), Score(value=0.5)]
+    assert to_scores((True,), 1) == to_scores(np.array([1.0]), 1) == [Score(value=1.0)]
+    assert to_scores(np.array([1.0, math.nan]), 2)[1].outcome is Outcome.invalid
+    assert to_scores([], 0) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([1.0], "returned 1 values for 2 completions"),
+        (np.ones(3), "returned 3 values for 2 completions"),
+        (1.0, "returned 1.0 (float); a batch function returns a list"),
+        ("ab", "returned 'ab' (str); a batch function returns a list"),
+        ({0: 1.0, 1: 1.0}, "a batch function returns a list"),
+        (None, "returned None (NoneType)"),
+    ],
+)
+def test_a_wrong_number_or_type_leaves_the_whole_batch_unscored(value: Any, said: str) -> None:
+    scores = to_scores(value, 2)
+    assert [(s.outcome, s.scored) for s in scores] == [(Outcome.invalid, False)] * 2
+    assert said in scores[0].detail
 
 
 # ---- calling
@@ -142,6 +223,37 @@ def test_an_exception_is_reported_with_the_line_it_came_from(function: Any, outc
     if function is _fails:
         assert Path(__file__).name in score.detail
         assert 'problem.columns["missing"]' in score.detail
+
+
+def test_what_a_function_says_running_out_of_memory_is_worth() -> None:
+    def eats(completion: Completion, problem: Problem) -> float:
+        raise MemoryError
+
+    eats.memory_value = 0.0  # type: ignore[attr-defined]
+    score = call(eats, COMPLETION, PROBLEM)
+    assert (score.value, score.outcome) == (0.0, Outcome.memory)
+
+
+def test_a_batch_fails_together() -> None:
+    def fails(completions: list[Completion], problems: list[Problem]) -> list[float]:
+        return [1.0, problems[1].columns["missing"]]
+
+    async def later(completions: list[Completion], problems: list[Problem]) -> list[float]:
+        return [float(c.text == p.answer) for c, p in zip(completions, problems, strict=True)]
+
+    scores = call_batch(fails, [COMPLETION] * 2, [PROBLEM] * 2)
+    assert [(s.outcome, s.scored) for s in scores] == [(Outcome.error, False)] * 2
+    assert "KeyError: 'missing'" in scores[0].detail
+    assert call_batch(later, [COMPLETION] * 2, [PROBLEM] * 2) == [Score(value=1.0)] * 2
+
+
+async def _fails_later(completion: Completion, problem: Problem) -> float:
+    return problem.columns["missing"]
+
+
+def test_the_traceback_of_an_async_function_begins_at_its_own_line() -> None:
+    lines = call(_fails_later, COMPLETION, PROBLEM).detail.splitlines()
+    assert lines[1].strip().startswith(f'File "{__file__}"')
 
 
 def test_shorten_keeps_both_ends() -> None:

@@ -13,14 +13,16 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 from grpo.rewards.base import parse_reward_config
-from grpo.rewards.runtime import RewardRuntime
+from grpo.rewards.runtime import RewardRuntime, _seconds_in_queue
 from grpo.types import Completion, FinishReason, Outcome, Problem, Score
 
 PROBLEM = Problem(id="p", prompt="7 + 5 =", answer="12", columns={"level": 3})
@@ -70,6 +72,43 @@ def wrong_when_slow(completion, problem):
     return behave(completion, problem)
 
 wrong_when_slow.timeout_value = 0.0
+
+def wrong_when_large(completion, problem):
+    return behave(completion, problem)
+
+wrong_when_large.memory_value = 0.0
+kept = []
+
+def hoards(completion, problem):
+    """Keeps what it allocates: 30 MB a completion."""
+    kept.append(bytearray(30 << 20))
+    return len(kept)
+
+def whole(completions, problems):
+    """Does what its first completion says; else ranks them."""
+    if completions[0].text != "rank":
+        behave(completions[0], problems[0])
+    if completions[0].text == "too few":
+        return [1.0]
+    if completions[0].text == "holes":
+        return [1, None, "x", float("nan")]
+    return [float(sorted(c.text for c in completions).index(c.text)) for c in completions]
+
+async def whole_later(completions, problems):
+    await asyncio.sleep(0.001)
+    return [len(c.text) for c in completions]
+
+def waits_for_a_server(completion, problem):
+    time.sleep(0.5)
+    return 1.0
+
+waits_for_a_server.limits = {"wall_s": 20.0}
+warmed = []
+
+def warm(completion, problem, size=1, depth=1):
+    return float(warmed == [{"size": size}])
+
+warm.warm_up = lambda **arguments: warmed.append(arguments)
 
 async def later(completion, problem):
     await asyncio.sleep(0.001)
@@ -131,7 +170,7 @@ def make(user_file: Path) -> Iterator[Callable[..., RewardRuntime]]:
 
     def build(parts: dict[str, str | Part], **limits: Any) -> RewardRuntime:
         node = {name: {"fn": f"{user_file}:{part}"} if isinstance(part, str) else part for name, part in parts.items()}
-        made.append(RewardRuntime(parse_reward_config(node), **{"cpu_s": 0.3, "wall_s": 30.0, **limits}))
+        made.append(RewardRuntime(parse_reward_config(node), **{"num_workers": 2, "cpu_s": 0.3, "wall_s": 30.0, **limits}))
         return made[-1]
 
     yield build
@@ -202,41 +241,222 @@ def test_async_functions_and_arguments(make: Callable[..., RewardRuntime], user_
     assert score(runtime, "four") == [{"later": Score(value=4.0), "behave": Score(value=0.75)}]
 
 
-# ---- one bad completion among many
+def test_a_function_can_say_what_running_out_of_memory_is_worth(make: Callable[..., RewardRuntime]) -> None:
+    large, fine = score(make({"behave": "wrong_when_large"}), "memory", "fine")
+    assert (large["behave"].value, large["behave"].outcome) == (0.0, Outcome.memory)
+    assert fine["behave"] == Score(value=0.5)
 
 
-def check_batch(runtime: RewardRuntime) -> None:
-    texts = [f"\\boxed{{{12 if index % 2 else 13}}}" for index in range(64)]
-    texts[10], texts[20] = "\\boxed{9^{9^{9^{9}}}}", "loop"
-    for _ in range(2):  # the second batch meets workers that were replaced
-        for index, parts in enumerate(score(runtime, *texts)):
-            right = Score(value=1.0, detail="12") if index % 2 else Score(value=0.0, detail="13")
-            special = {10: Score(value=0.0, detail="9^{9^{9^{9}}}"), 20: Score(value=0.0, outcome=Outcome.wrong_format)}
-            assert parts["accuracy"] == special.get(index, right)
-            assert parts["behave"].outcome is (Outcome.timeout if index == 20 else Outcome.ok)
-    assert len(workers(os.getpid())) == 3  # two, and the spare one
+def test_a_worker_that_keeps_too_much_is_replaced(make: Callable[..., RewardRuntime]) -> None:
+    runtime = make({"hoards": "hoards"}, num_workers=1, memory_mb=100)
+    scores = [parts["hoards"] for parts in score(runtime, *["x"] * 9)]
+    # three fit into 100 MB (the fourth would be the 120th); after the failure a new worker counts from one again
+    assert [s.value for s in scores if s.scored] == [1.0, 2.0, 3.0] * 2 + [1.0]
+    assert [s.outcome for s in scores if not s.scored] == [Outcome.memory] * 2
 
 
-def test_from_the_main_thread_a_thread_and_asyncio(make: Callable[..., RewardRuntime]) -> None:
-    runtime = make({"accuracy": {"fn": "grpo.rewards.math.accuracy"}, "behave": "behave"})
-    check_batch(runtime)
+def test_time_in_the_queue_for_a_core_is_not_the_functions(make: Callable[..., RewardRuntime], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is so busy that almost all of the wall time is waiting: no score may change. (Simulated: 0.1 s a look.)"""
+    looks = itertools.count()
+    monkeypatch.setattr("grpo.rewards.runtime._seconds_in_queue", lambda pid: 10.0 * next(looks))
+    assert score(make({"behave": "behave"}, cpu_s=0.1, wall_s=0.1), "nap", "fine") == [{"behave": Score(value=0.5)}] * 2
 
-    failures: list[BaseException] = []
 
-    def in_thread() -> None:
-        try:
-            check_batch(runtime)
-        except BaseException as error:
-            failures.append(error)
+def test_the_kernel_counts_the_time_in_the_queue() -> None:
+    """Three busy loops on one core wait for each other."""
+    core = min(os.sched_getaffinity(0))
+    pin = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    busy = [subprocess.Popen([sys.executable, "-c", pin]) for _ in range(3)]
+    try:
+        assert wait_until(lambda: all(_seconds_in_queue(process.pid) > 0.2 for process in busy))
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
-    threads = [threading.Thread(target=in_thread) for _ in range(2)]  # at the same time: they take turns
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
 
-    async def in_asyncio() -> tuple[list[dict[str, Score]], int]:
+def test_a_part_may_have_limits_of_its_own(make: Callable[..., RewardRuntime], user_file: Path) -> None:
+    quick = {"fn": f"{user_file}:behave", "limits": {"wall_s": 0.2, "cpu_s": 0.1}}
+    runtime = make({"server": "waits_for_a_server", "quick": quick}, wall_s=0.4)
+    (scores,) = score(runtime, "nap")
+    assert scores["server"] == Score(value=1.0)  # the function says itself how long it may wait
+    assert (scores["quick"].outcome, scores["quick"].detail) == (Outcome.timeout, "took more than 0.2 s")
+    with pytest.raises(ValueError, match=r"reward\.server\.limits: wall_s is 20 and cpu_s 30; wall_s must be at least cpu_s"):
+        make({"server": "waits_for_a_server"}, cpu_s=30.0, wall_s=60.0)
+
+
+def test_a_function_is_warmed_up_once_with_its_arguments(make: Callable[..., RewardRuntime], user_file: Path) -> None:
+    runtime = make({"warm": {"fn": f"{user_file}:warm", "size": 7}})
+    assert score(runtime, *"abcd") == [{"warm": Score(value=1.0)}] * 4
+
+
+# ---- functions that take the whole batch
+
+
+def test_a_batch_function_sees_all_completions(make: Callable[..., RewardRuntime]) -> None:
+    runtime = make({"level": "level", "whole": "whole", "later": "whole_later"})
+    texts = ["rank", *(f"{i:02d}" for i in range(39, 0, -1))]
+    scores = score(runtime, *texts)
+    assert [parts["whole"].value for parts in scores] == [float(sorted(texts).index(text)) for text in texts]
+    assert [parts["later"].value for parts in scores] == [float(len(text)) for text in texts]
+    assert [list(parts) for parts in scores] == [["level", "whole", "later"]] * 40
+    assert runtime.score([], []) == []
+
+
+def test_what_a_batch_function_does_wrong_stays_in_its_part(make: Callable[..., RewardRuntime]) -> None:
+    runtime = make({"level": "level", "whole": "whole"})
+    expected = {
+        "loop": (Outcome.timeout, "took more than 0.3 s of CPU time"),
+        "exit": (Outcome.crash, "the worker exited with code 3"),
+        "too few": (Outcome.invalid, "returned 1 values for 4 completions; a batch function returns one a completion, in order"),
+    }
+    for text, (outcome, detail) in expected.items():
+        scores = score(runtime, text, "b", "c", "d")
+        assert [parts["level"] for parts in scores] == [Score(value=3.0)] * 4
+        assert [(parts["whole"].outcome, parts["whole"].detail, parts["whole"].scored) for parts in scores] == [
+            (outcome, detail, False)
+        ] * 4
+    holes = [parts["whole"] for parts in score(runtime, "holes", "b", "c", "d")]
+    assert holes[0] == Score(value=1.0)
+    assert [s.outcome for s in holes[1:]] == [Outcome.invalid] * 3
+
+
+def test_a_batch_has_a_share_of_time_for_every_sixteen(make: Callable[..., RewardRuntime]) -> None:
+    started = time.monotonic()
+    (scores, *_) = score(make({"whole": "whole"}, cpu_s=0.2), "loop", *["x"] * 32)
+    assert scores["whole"].detail == "took more than 0.6 s of CPU time"  # 33 completions: three shares of 0.2 s
+    assert time.monotonic() - started > 0.6
+
+
+def test_the_time_a_score_took(make: Callable[..., RewardRuntime]) -> None:
+    runtime = make({"behave": "behave", "whole": "whole"}, cpu_s=0.5)
+    nap, loop = runtime.judge([completion("nap"), completion("loop", 1)], [PROBLEM] * 2)
+    assert 0.3 <= nap["behave"].seconds < 30
+    assert loop["behave"].seconds >= 0.5
+    assert nap["whole"].seconds == loop["whole"].seconds >= 0.15  # a nap of 0.3 s, shared by two
+    (only,) = runtime.judge([completion("a")], [PROBLEM], parts=["behave"])
+    assert list(only) == ["behave"]
+
+
+# ---- one bad completion among many: the acceptance test of the runtime
+
+TEXTS = [f"\\boxed{{{12 if index % 2 else 13}}}" for index in range(64)]
+TEXTS[10], TEXTS[20] = "\\boxed{9^{9^{9^{9}}}}", "loop"
+CPU_S = 1.0
+WALL_S = 3 * CPU_S + 1
+
+
+class Stopwatch:
+    """Seconds in which the machine could do our work.
+
+    Not counted is when other processes kept tasks from running (the kernel's pressure stall information, where it has that), and of a
+    stretch in which the machine stood still or this process was suspended all but one second.
+    """
+
+    def __enter__(self) -> Self:
+        self._counted = 0.0
+        self._stalled = cpu_stalled()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._count)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.seconds = self._counted - (cpu_stalled() - self._stalled)
+
+    def _count(self) -> None:
+        before = time.monotonic()
+        running = True
+        while running:
+            running = not self._stop.wait(0.02)
+            now = time.monotonic()
+            self._counted += min(now - before, 1.0)
+            before = now
+
+
+def cpu_stalled() -> float:
+    """Seconds since boot in which some task waited for a core."""
+    path = Path("/proc/pressure/cpu")
+    return int(path.read_text().split("total=")[1].split()[0]) / 1e6 if path.exists() else 0.0
+
+
+@dataclass
+class Round:
+    """One batch with two bad completions, and one without any straight after it."""
+
+    scores: list[dict[str, Score]]
+    seconds: float
+    next_scores: list[dict[str, Score]]
+    resident_mb: float  # of the workers and of this process
+
+
+def play(runtime: RewardRuntime, rounds: int) -> list[Round]:
+    played = []
+    for _ in range(rounds):
+        with Stopwatch() as watch:
+            scores = score(runtime, *TEXTS)
+        next_scores = score(runtime, *TEXTS[21:])
+        pids = [os.getpid(), *workers(os.getpid())]
+        pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+        played.append(Round(scores, watch.seconds, next_scores, pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
+    return played
+
+
+def check(played: list[Round]) -> None:
+    for this in played:
+        for index, parts in enumerate(this.scores):
+            accuracy, behave = parts["accuracy"], parts["behave"]
+            assert accuracy.value == (0.0 if index in (10, 20) else index % 2)  # a tower of powers is the model's doing: wrong
+            if index == 20:
+                assert behave.outcome is Outcome.timeout and not behave.scored  # the grader's own failure: no score
+            else:
+                assert behave == Score(value=0.5)
+                assert index == 10 or accuracy.outcome is Outcome.ok  # the tower may count as too large, or as too slow
+        assert this.seconds < WALL_S + 1
+        assert [(parts["accuracy"].value, parts["behave"].value) for parts in this.next_scores] == [(i % 2, 0.5) for i in range(21, 64)]
+    assert played[-1].resident_mb < played[0].resident_mb + 30
+
+
+def acceptance_runtime(parts: Any) -> RewardRuntime:
+    return RewardRuntime(parts, num_workers=2, cpu_s=CPU_S)
+
+
+@pytest.fixture
+def acceptance_parts(user_file: Path) -> Any:
+    return parse_reward_config({"accuracy": {"fn": "grpo.rewards.math.accuracy"}, "behave": {"fn": f"{user_file}:behave"}})
+
+
+def rounds_of(context: str) -> list[Any]:
+    return [pytest.param(2, id=f"{context}-2"), pytest.param(10, id=f"{context}-10", marks=pytest.mark.full)]
+
+
+@pytest.mark.parametrize("rounds", rounds_of("main"))
+def test_acceptance_in_the_main_thread(acceptance_parts: Any, rounds: int) -> None:
+    with acceptance_runtime(acceptance_parts) as runtime:
+        check(play(runtime, rounds))
+        assert len(workers(os.getpid())) == 3  # two, and the spare one
+    assert not workers(os.getpid())
+
+
+@pytest.mark.parametrize("rounds", rounds_of("thread"))
+def test_acceptance_in_a_thread(acceptance_parts: Any, rounds: int) -> None:
+    with acceptance_runtime(acceptance_parts) as runtime, ThreadPoolExecutor() as pool:
+        check(pool.submit(play, runtime, rounds).result())
+
+
+def test_threads_take_turns(acceptance_parts: Any) -> None:
+    with acceptance_runtime(acceptance_parts) as runtime, ThreadPoolExecutor() as pool:
+        texts = [[f"\\boxed{{{12 + (i == caller)}}}" for i in range(30)] for caller in range(3)]
+        futures = [pool.submit(score, runtime, *mine) for mine in texts]
+        for caller, future in enumerate(futures):
+            assert [parts["accuracy"].value for parts in future.result()] == [float(i != caller) for i in range(30)]
+
+
+@pytest.mark.parametrize("rounds", rounds_of("asyncio"))
+def test_acceptance_under_asyncio(acceptance_parts: Any, rounds: int) -> None:
+    async def main(runtime: RewardRuntime) -> tuple[list[Round], int]:
         ticks = 0
 
         async def tick() -> None:
@@ -246,16 +466,45 @@ def test_from_the_main_thread_a_thread_and_asyncio(make: Callable[..., RewardRun
                 ticks += 1
 
         ticker = asyncio.create_task(tick())
-        scores = await runtime.score_async([completion("loop"), completion("\\boxed{12}", 1)], [PROBLEM] * 2)
+        played = []
+        for _ in range(rounds):
+            with Stopwatch() as watch:
+                scores = await runtime.score_async([completion(text, i) for i, text in enumerate(TEXTS)], [PROBLEM] * len(TEXTS))
+            (after,) = await asyncio.to_thread(play, runtime, 1)
+            played.append(Round(scores, watch.seconds, after.next_scores, after.resident_mb))
         ticker.cancel()
-        return scores, ticks
+        return played, ticks
 
-    scores, ticks = asyncio.run(in_asyncio())
-    assert scores[1]["accuracy"].value == 1.0
-    assert scores[0]["behave"].outcome is Outcome.timeout
-    assert ticks > 5  # the event loop went on
-    runtime.close()
-    assert not workers(os.getpid())
+    with acceptance_runtime(acceptance_parts) as runtime:
+        played, ticks = asyncio.run(main(runtime))
+    check(played)
+    assert ticks > 10 * rounds  # the event loop went on meanwhile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", rounds_of("actor"))
+def test_acceptance_in_a_ray_actor(acceptance_parts: Any, rounds: int) -> None:
+    import ray
+
+    from grpo.rollouts.pool import start_ray, stop_ray
+
+    class Actor:
+        def play(self, parts: Any, rounds: int) -> list[Round]:
+            with acceptance_runtime(parts) as runtime:
+                return play(runtime, rounds)
+
+        def workers(self) -> set[int]:
+            return workers(os.getpid())
+
+    start_ray(num_cpus=1, object_store_memory=100_000_000)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actor cannot import this file
+    try:
+        actor = ray.remote(num_cpus=1)(Actor).remote()
+        check(ray.get(actor.play.remote(acceptance_parts, rounds)))
+        assert ray.get(actor.workers.remote()) == set()
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        stop_ray()
 
 
 # ---- where functions come from
@@ -327,7 +576,7 @@ def test_what_cannot_be_scored_is_refused(make: Callable[..., RewardRuntime]) ->
         score(runtime, "a")
 
 
-@pytest.mark.parametrize("limits", [{"num_workers": 0}, {"cpu_s": 0.0}, {"cpu_s": math.nan}, {"wall_s": -1.0}, {"memory_mb": 0}])
+@pytest.mark.parametrize("limits", [{"num_workers": -1}, {"cpu_s": 0.0}, {"cpu_s": math.nan}, {"wall_s": -1.0}, {"memory_mb": 0}])
 def test_limits_are_checked(limits: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(limits))):
         RewardRuntime(parse_reward_config({"a": {"fn": "grpo.rewards.math.accuracy"}}), **limits)
@@ -377,7 +626,7 @@ def test_workers_end_when_the_trainer_is_killed(text: str, user_file: Path) -> N
     script = f"""
         import os, threading, time
         from grpo.rewards.base import parse_reward_config
-        from grpo.rewards.runtime import RewardRuntime
+        from grpo.rewards.runtime import RewardRuntime, _seconds_in_queue
         from grpo.types import Completion, FinishReason, Problem
 
         parts = parse_reward_config({{"behave": {{"fn": {f"{user_file}:behave"!r}}}}})

@@ -1,0 +1,195 @@
+"""The process around one engine of a pool: a Ray actor.
+
+Three kinds of calls run beside one another, each in a thread of its own (``CONCURRENCY``): ``work`` is what the engine does, one
+call at a time; ``watch`` waits for what it finishes; ``control`` brings jobs and parcels, and cancels.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from grpo.rollouts.base import Finished, Job, ServedEngine, SyncReport
+from grpo.rollouts.weights import Spec, WeightStream
+from grpo.types import Completion, Request, Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from grpo.rollouts.transfer import Parcel
+
+CONCURRENCY = {"work": 1, "watch": 1, "control": 1}
+_IDLE = 0.02  # seconds an idle engine waits for jobs before it looks whether it was cancelled
+_LOOK = 0.5  # seconds a look waits for something to be finished
+
+
+@dataclass(frozen=True, slots=True)
+class Born:
+    """An engine has started."""
+
+    pid: int
+    node: str  # ray's id of the machine it is on
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What came of an engine since the last look: of which call, how many steps it has made in all, what it finished."""
+
+    call: int
+    beats: int
+    finished: Finished
+
+
+class EngineActor:
+    """See the module's text. Calls of a pool are numbered, so that what is late for one does not hit the next."""
+
+    def __init__(self) -> None:
+        # Ctrl-C in a terminal reaches the whole process group. The driver decides what it means: it may want to save first.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._engine: ServedEngine | None = None
+        self._changed = threading.Condition()  # guards all below
+        self._call = 0
+        self._cancelled = 0
+        self._beats = 0
+        self._ended = 0
+        self._finished: Finished = []
+        self._queues: defaultdict[int, queue.SimpleQueue[Any]] = defaultdict(queue.SimpleQueue)  # call → jobs or parcels, None: the end
+
+    # work
+
+    def start(self, factory: Callable[..., ServedEngine], kwargs: Mapping[str, Any]) -> Born:
+        import ray
+
+        self._engine = factory(**kwargs)
+        return Born(os.getpid(), ray.get_runtime_context().get_node_id(), self._engine.slots)
+
+    def serve(self, call: int, sampling: Sampling, jobs: Sequence[Job], exact: bool) -> Look:
+        """Sample ``jobs``, then what ``bring`` brings until it brings None; ``exact``: these alone, and remember nothing before."""
+        assert self._engine is not None
+        inbox = self._queue(call)
+        inbox.put(jobs)
+        if exact:
+            inbox.put(None)
+            self._engine.forget()
+        self._begin(call)
+        try:
+            with closing(self._engine.serve(lambda idle: _next_jobs(inbox, idle), sampling)) as steps:
+                for finished in steps:
+                    if not self._step(call, finished):
+                        break
+        finally:
+            self._end(call)
+        return self._drain()
+
+    def load(self, call: int, version: int, specs: Mapping[str, Spec]) -> SyncReport:
+        assert self._engine is not None
+        self._begin(call)
+        try:
+            return self._engine.load_weights(WeightStream(specs, self._arriving(call)), version)
+        finally:
+            self._end(call)
+
+    def probe(self, call: int, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        assert self._engine is not None
+        self._begin(call)
+        try:
+            return self._engine.generate(requests, sampling, lambda done, total: self._beat())
+        finally:
+            self._end(call)
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+    # watch
+
+    def look(self, call: int) -> Look:
+        """Wait a moment for something to be finished."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._finished or self._ended >= call, timeout=_LOOK)
+        return self._drain()
+
+    # control
+
+    def bring(self, call: int, parcel: Any) -> None:
+        """Jobs for a call of ``serve``, or a parcel of weights for a call of ``load``; None: there will be no more."""
+        self._queue(call).put(parcel)
+
+    def cancel(self, call: int) -> None:
+        """This call and all before it are no longer wanted."""
+        with self._changed:
+            self._cancelled = max(self._cancelled, call)
+
+    def _queue(self, call: int) -> queue.SimpleQueue[Any]:
+        with self._changed:
+            return self._queues[call]
+
+    def _begin(self, call: int) -> None:
+        with self._changed:
+            self._call, self._finished = call, []
+
+    def _end(self, call: int) -> None:
+        with self._changed:
+            self._ended = call
+            for past in [number for number in self._queues if number <= call]:
+                del self._queues[past]
+            self._changed.notify_all()
+
+    def _beat(self) -> None:
+        with self._changed:
+            self._beats += 1
+
+    def _step(self, call: int, finished: Finished) -> bool:
+        """Note a step; False if the call was cancelled."""
+        with self._changed:
+            self._beats += 1
+            self._finished += finished
+            if finished:
+                self._changed.notify_all()
+            return call > self._cancelled
+
+    def _drain(self) -> Look:
+        with self._changed:
+            finished, self._finished = self._finished, []
+            return Look(self._call, self._beats, finished)
+
+    def _arriving(self, call: int) -> Iterator[tuple[str, Tensor]]:
+        inbox = self._queue(call)
+        parcel: Parcel | None
+        while (parcel := inbox.get()) is not None:
+            for name, tensor in parcel.open().items():
+                self._beat()
+                yield name, tensor
+
+
+def _next_jobs(inbox: queue.SimpleQueue[Any], idle: bool) -> Sequence[Job] | None:
+    try:
+        jobs: Sequence[Job] | None = inbox.get(timeout=_IDLE) if idle else inbox.get_nowait()
+    except queue.Empty:
+        return ()
+    return jobs
+
+
+def engine_environment(cpus: int) -> dict[str, str]:
+    """Threads: as many as the engine was given, asleep while they wait. And modules are found where the driver finds them.
+
+    Spinning threads take the cores from the trainer, or another engine, that could use them: training ran ten times slower.
+    """
+    threads = str(max(cpus, 1))
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }

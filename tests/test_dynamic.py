@@ -1,0 +1,58 @@
+"""Dynamic sampling: nothing is trained on twice, nothing with signal is thrown away, all that was drawn is accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo.data import ProblemSource
+from grpo.metrics import has_signal
+from grpo.rollouts.dynamic import draw_groups
+from grpo.types import Completion, FinishReason, Group, Problem, Rollout
+
+
+def group(problem: Problem, mixed: bool) -> Group:
+    rollouts = tuple(
+        Rollout(
+            problem=problem,
+            completion=Completion(
+                problem_id=problem.id,
+                index=i,
+                prompt_ids=(1,),
+                token_ids=(2,),
+                text="",
+                logprobs=(-1.0,),
+                policy_versions=(0,),
+                finish_reason=FinishReason.stop,
+            ),
+            scores={},
+            reward=float(i) if mixed else 1.0,
+        )
+        for i in range(2)
+    )
+    return Group(problem=problem, rollouts=rollouts)
+
+
+@given(mixed=st.lists(st.booleans(), min_size=4, max_size=30), wanted=st.integers(1, 4), rounds=st.integers(1, 6), seed=st.integers(0, 99))
+def test_what_is_drawn_is_kept_or_dropped_once(mixed: list[bool], wanted: int, rounds: int, seed: int) -> None:
+    problems = [Problem(id=f"p{i}", prompt="?", answer="1") for i in range(len(mixed))]
+    signal = dict(zip([p.id for p in problems], mixed, strict=True))
+    calls: list[list[str]] = []
+
+    def collect(asked: Sequence[Problem]) -> list[Group]:
+        calls.append([p.id for p in asked])
+        return [group(p, signal[p.id]) for p in asked]
+
+    drawn = draw_groups(collect, ProblemSource(problems, seed).take, has_signal, wanted, rounds)
+    ids = [g.problem.id for g in drawn.all]
+    assert sorted(ids) == sorted(p for call in calls for p in call) and len(set(ids)) == len(ids)
+    assert len(drawn.kept) <= wanted and len(calls) <= rounds
+    assert not any(has_signal(g) for g in drawn.dropped), "nothing with signal is thrown away"
+    if rounds == 1:
+        assert len(drawn.kept) == wanted and not drawn.dropped
+    if len(calls) < rounds and len(drawn.kept) < wanted:
+        assert set(ids) == set(signal), "it stopped because the data had no more"
+    without = [g for g in drawn.kept if not has_signal(g)]
+    assert not without or len(calls) == rounds, "only what the last round gave is kept without signal"
