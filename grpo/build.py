@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
@@ -33,10 +33,9 @@ from grpo.policy import HFPolicy, OptimSettings
 from grpo.replay import StepReplay
 from grpo.report import write_report
 from grpo.rewards.health import UnscoredStop
-from grpo.rewards.runtime import RewardRuntime
 from grpo.rollout_table import groups_of
-from grpo.rollouts.collect import Collector
-from grpo.rollouts.scoring import RemoteRuntimes, scoring_runtime
+from grpo.rollouts.collect import Collector, Scorer
+from grpo.rollouts.scoring import scoring_runtime
 from grpo.run import RunFolder
 from grpo.trainer import Settings, Trainer
 from grpo.types import Group, Problem, Sampling
@@ -174,7 +173,7 @@ def make_policy(config: Config, folder: str, tokenizer: Any, where: Machine) -> 
     )
 
 
-def make_runtime(checked: Plan) -> RewardRuntime | RemoteRuntimes:
+def make_runtime(checked: Plan) -> AbstractContextManager[Scorer]:
     """Where Ray runs on several nodes, one runtime on each: call it after the engine."""
     s = checked.config.scoring
     return scoring_runtime(checked.rewards, num_workers=s.workers, cpu_s=s.cpu_s, memory_mb=s.memory_mb)

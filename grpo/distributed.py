@@ -1,26 +1,19 @@
-"""A policy trained by N processes: ``Policy`` over N ranks, each a Ray actor with a shard of the model (``grpo.ranks``).
+"""A policy trained by N processes: ``Policy`` over N ranks (``grpo.ranks``), each with a shard of the model.
 
 The driver splits a batch over the ranks, a rank splits its part into micro-batches, FSDP2 sums the gradients. The denominators were
 counted over the whole step before, so losses, gradients and metrics are sums over ranks, and those of one process.
-
-A rank that dies leaves the others waiting for it. The driver hears of the death from Ray, ends the others and says what happened;
-a rank that is alive and does not answer is found by the others' ``timeout``.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import os
-import signal
 import sys
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,18 +23,10 @@ from grpo.batch import Batch
 from grpo.layouts import LayoutName
 from grpo.losses import Loss, TokenScores, merge
 from grpo.policy import Metrics
-from grpo.ranks import MASTERS, OPTIMISER, WEIGHTS, Answer, Born, MakeModel, RankActor, RankSettings, RankUpdate, token_positions
-from grpo.rollouts.actor import engine_environment
-from grpo.rollouts.pool import _raise_own
+from grpo.ranks import Ranks
 from grpo.rollouts.transfer import handfuls
 from grpo.rollouts.weights import PackedWeights, Spec, shown
-
-if TYPE_CHECKING:
-    from ray import ObjectRef
-
-_GRACE = 3.0  # seconds in which the other ranks can say why as well, once one call has failed
-_PLACING = 60.0  # seconds to wait for CPUs and GPUs that the cluster has, and has given to others
-_REMEDY = "often the system was out of memory: lower trainer.tokens_per_microbatch, raise trainer.ranks; then run.resume=true"
+from grpo.sharded import MASTERS, OPTIMISER, WEIGHTS, MakeModel, RankSettings, RankUpdate, token_positions
 
 
 class DistributedPolicy:
@@ -259,180 +244,3 @@ def _function(function: Callable[..., Any]) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
     return function if hasattr(function, "__qualname__") else type(function)
-
-
-# ---------------------------------------------------------------- the processes
-
-
-class Ranks:
-    """N processes that make the same calls in the same order. ``ray`` must be running.
-
-    Every call is made by a thread that no signal interrupts: Ctrl-C cannot fall between telling one rank and telling the next, after
-    which the two would wait for each other for ever.
-
-    Args:
-        num_ranks: processes. On ``device="cuda"`` each has a GPU of its own.
-        cpus_per_rank: threads of each, and what it claims of Ray.
-        timeout: seconds that a rank waits for the others before it gives up, which ends them all.
-
-    Raises:
-        ValueError: the cluster does not have that many CPUs or GPUs.
-        RuntimeError: they are taken, or a rank died.
-    """
-
-    def __init__(self, num_ranks: int, *, cpus_per_rank: int = 1, device: str = "cpu", timeout: float = 1800.0) -> None:
-        import ray
-
-        if not ray.is_initialized():
-            raise RuntimeError("ray is not running; call grpo.rollouts.pool.start_ray first")
-        self.num_ranks = num_ranks
-        self._ended: str | None = None
-        self._actors: list[Any] = []
-        self._born: list[Born] = []
-        self._told: set[str] = set()
-        self._teller = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ranks")
-        resources = {"CPU": cpus_per_rank, "GPU": int(device == "cuda")}
-        _check_resources(ray.cluster_resources(), num_ranks, resources)
-        self._place = ray.util.placement_group([{k: v for k, v in resources.items() if v}] * num_ranks, strategy="PACK")
-        try:
-            if not self._place.wait(_PLACING):
-                raise RuntimeError(
-                    f"the ray cluster has what {num_ranks} ranks need, but not free: {ray.available_resources()}\n"
-                    "  → lower trainer.ranks or rollout.num_engines, or add machines"
-                )
-            environment = {"env_vars": engine_environment(cpus_per_rank)}
-            actor_class = ray.remote(num_cpus=cpus_per_rank, num_gpus=resources["GPU"], runtime_env=environment)(RankActor)
-            for number in range(num_ranks):
-                where = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._place, placement_group_bundle_index=number)
-                self._actors.append(actor_class.options(scheduling_strategy=where).remote(timeout))
-            self._born = self._ask("born", [()] * num_ranks, "start")
-            (meeting_point,) = self._ask("meeting_point", [()], "start")
-            self._ask("join", [(rank, num_ranks, meeting_point, device) for rank in range(num_ranks)], "start")
-        except BaseException:
-            self.close()
-            raise
-
-    def load(self, make_model: MakeModel, settings: RankSettings) -> LayoutName:
-        """Make a policy on the ranks, in place of the one that is there. Returns the layout that its model allows."""
-        layout: LayoutName = self._values(self._ask("load", [(make_model, settings)] * self.num_ranks, "load"))[0]
-        return layout
-
-    def all(self, method: str, *args: Any) -> Any:
-        """A method of the policy on every rank, with the same arguments; rank 0's answer."""
-        import ray
-
-        stored = [ray.put(arg) for arg in args]
-        return self.each(method, [stored] * self.num_ranks)[0]
-
-    def each(self, method: str, arguments: Sequence[Sequence[Any]]) -> list[Any]:
-        """A method of the policy on every rank, each with its own arguments; all answers.
-
-        Raises:
-            RuntimeError: a rank died. All are ended.
-            Exception: what a rank raised, as it raised it. All are ended.
-        """
-        return self._values(self._ask("call", [(method, *args) for args in arguments], doing=method))
-
-    def forget(self, number: int) -> None:
-        """Not waited for: the garbage collector may call this from any thread, the telling one included."""
-        if self._ended is None:
-            self._submit("call", [("forget", number)] * self.num_ranks)
-
-    def processes(self) -> list[int]:
-        """Process ids, on whatever machines."""
-        return [born.pid for born in self._born]
-
-    def close(self) -> None:
-        import ray
-
-        self._end("this policy is closed; make a new one")
-        actors, self._actors = self._actors, []
-        self._teller.shutdown(wait=True)
-        if not ray.is_initialized():
-            return
-        for actor in actors:
-            ray.kill(actor, no_restart=True)
-        here = ray.get_runtime_context().get_node_id()
-        for born in self._born if actors else ():
-            if born.node == here:
-                _kill(born.pid)
-        ray.util.remove_placement_group(self._place)
-
-    def _end(self, why: str) -> None:
-        self._ended = self._ended or why
-
-    def _ask(self, method: str, arguments: Sequence[tuple[Any, ...]], doing: str) -> list[Any]:
-        if self._ended is not None:
-            raise RuntimeError(self._ended)
-        return self._results(self._submit(method, arguments).result(), doing)
-
-    def _submit(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Future[list[ObjectRef[Any]]]:
-        actors = self._actors[: len(arguments)]
-        return self._teller.submit(lambda: [getattr(actor, method).remote(*args) for actor, args in zip(actors, arguments, strict=True)])
-
-    def _values(self, answers: Sequence[Answer]) -> list[Any]:
-        """What the ranks returned. What rank 0 warned of is warned of here, once."""
-        for text in answers[0].warnings:
-            if text not in self._told:
-                self._told.add(text)
-                warnings.warn(text, stacklevel=2)
-        return [answer.value for answer in answers]
-
-    def _results(self, refs: list[ObjectRef[Any]], doing: str) -> list[Any]:
-        import ray
-
-        waiting = list(refs)
-        while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=1, timeout=1.0)
-            try:
-                ray.get(ready)
-            except ray.exceptions.RayError:
-                self._fail(refs, doing)
-        values: list[Any] = ray.get(refs)
-        return values
-
-    def _fail(self, refs: list[ObjectRef[Any]], doing: str) -> None:
-        """A death explains what the others raised over it; else the first error is as good as any."""
-        import ray
-
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=_GRACE)
-        errors = {refs.index(ref): error for ref in ready if (error := _error(ref)) is not None}
-        deaths = {rank: error for rank, error in errors.items() if not isinstance(error, ray.exceptions.RayTaskError)}
-        if deaths:
-            rank, error = min(deaths.items())
-            self._end(f"rank {rank} of {self.num_ranks} died while doing {doing!r}: {str(error).strip()}\n  → {_REMEDY}")
-            self.close()
-            raise RuntimeError(self._ended)
-        error = min(errors.items())[1]
-        self._end(f"a rank failed while doing {doing!r}: {str(getattr(error, 'cause', None) or error).strip()}")
-        self.close()
-        _raise_own(error)
-
-
-def _error(ref: ObjectRef[Any]) -> Exception | None:
-    import ray
-
-    try:
-        ray.get(ref)
-    except ray.exceptions.RayError as error:
-        found: Exception = error
-        return found
-    return None
-
-
-def _kill(pid: int) -> None:
-    """A process that is stopped, or stands in a collective, does not hear ray."""
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it heard
-
-
-def _check_resources(there: Mapping[str, float], num_ranks: int, each: Mapping[str, int]) -> None:
-    """Ray would wait for ever for what the cluster does not have."""
-    for name, number in each.items():
-        if num_ranks * number > there.get(name, 0):
-            raise ValueError(
-                f"{num_ranks} ranks with {number} {name} each need {num_ranks * number}, and the ray cluster has {there.get(name, 0):g}\n"
-                "  → lower trainer.ranks, or add machines"
-            )

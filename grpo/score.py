@@ -56,7 +56,7 @@ BUILT_IN: Mapping[str, BuiltIn] = {
 
 def math_verify(gold: str, completion: str) -> float:
     """The ``math-verify`` package, with its default extraction, to compare with. Its own timeouts are off: the runtime has better."""
-    import math_verify as package  # type: ignore[import-untyped]
+    import math_verify as package
 
     expected = package.parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
     return float(package.verify(expected, package.parse(completion, parsing_timeout=None), timeout_seconds=None))

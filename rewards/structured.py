@@ -30,7 +30,7 @@ def _check(part: str, fenced: bool, keys: Sequence[str] | None, schema: Mapping[
 def _check_schema(schema: Any) -> None:
     if not isinstance(schema, Mapping):
         raise ValueError(f"schema is {schema!r}; it must be a JSON Schema, e.g. {{type: object}}")
-    import jsonschema  # type: ignore[import-untyped]
+    import jsonschema
 
     try:
         jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator).check_schema(schema)

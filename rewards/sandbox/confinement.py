@@ -20,7 +20,7 @@ STACK_SLACK = 512 << 20  # address space for stacks of threads, on top of what a
 MAX_THREADS = 200
 _MAX_OPEN_FILES = 256
 _COUNT_TASKS_EVERY_S = 1.0
-_NEVER = ("RLIMIT_CORE", "RLIMIT_MEMLOCK", "RLIMIT_MSGQUEUE", "RLIMIT_NICE", "RLIMIT_RTPRIO")
+_NEVER = (resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE, resource.RLIMIT_NICE, resource.RLIMIT_RTPRIO)
 
 
 class Confinement:
@@ -65,7 +65,8 @@ class Confinement:
             os.setresuid(uid, uid, uid)
         if self._level.seccomp:
             sys_.drop_capabilities()
-        sys_.set_dumpable(not self._level.namespaces)  # the fork-server then looks at the files that it has open: scratch.py
+        if not self._level.namespaces:
+            sys_.set_dumpable(True)  # the fork-server looks at the files that it has open: scratch.py
         sys_.die_with_parent(signal.SIGKILL)
         if self._rules >= 0:
             landlock.restrict_self(self._rules)
@@ -76,22 +77,17 @@ class Confinement:
             self._filter.install(os.getpid())
 
     def _set_limits(self, job: Job) -> None:
-        seconds = math.ceil(job.cpu_s) + 1  # the fork-server ends it earlier; this is for when the fork-server cannot
-        space = self._mapped + job.memory + STACK_SLACK
-        limits = {
-            "RLIMIT_CPU": seconds,
-            "RLIMIT_AS": space,
-            "RLIMIT_FSIZE": max(job.files, 1),
-            "RLIMIT_NOFILE": _MAX_OPEN_FILES,
-            "RLIMIT_NPROC": self._tasks + MAX_THREADS,
-            **dict.fromkeys(_NEVER, 0),
-        }
-        for name, limit in limits.items():
-            which = getattr(resource, name)
-            hard = resource.getrlimit(which)[1]
-            if hard != resource.RLIM_INFINITY:
-                limit = min(limit, hard)
-            resource.setrlimit(which, (limit, limit))
+        limit(resource.RLIMIT_CPU, math.ceil(job.cpu_s) + 1)  # the fork-server ends it earlier; this is for when it cannot
+        limit(resource.RLIMIT_AS, self._mapped + job.memory + STACK_SLACK)
+        limit(resource.RLIMIT_FSIZE, job.files)
+        limit(resource.RLIMIT_NPROC, self._tasks + MAX_THREADS)
+
+
+def limit(which: int, value: int) -> None:
+    """Set a limit for good, or leave it if it is lower."""
+    hard = resource.getrlimit(which)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(which, (value, value))
 
 
 def give_up_the_rest() -> None:
@@ -99,6 +95,9 @@ def give_up_the_rest() -> None:
     sys_.no_new_privileges()
     sys_.drop_bounding_set()
     sys_.set_dumpable(False)
+    limit(resource.RLIMIT_NOFILE, _MAX_OPEN_FILES)
+    for which in _NEVER:
+        limit(which, 0)
 
 
 def die_first() -> None:

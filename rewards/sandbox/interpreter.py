@@ -18,13 +18,11 @@ ENVIRONMENT = {
     "TZ": "UTC",
 }
 
-IMPORTS = (
-    "abc", "array", "ast", "atexit", "base64", "binascii", "bisect", "cmath", "codecs", "collections.abc", "contextlib", "copy",
-    "csv", "ctypes", "dataclasses", "datetime", "decimal", "enum", "errno", "fractions", "functools", "gc", "hashlib", "heapq",
-    "inspect", "io", "itertools", "json", "linecache", "locale", "math", "numbers", "operator", "os.path", "pprint", "queue",
-    "random", "re", "secrets", "select", "shutil", "signal", "stat", "statistics", "string", "struct", "sys", "tempfile",
-    "textwrap", "threading", "time", "timeit", "traceback", "types", "typing", "unicodedata", "uuid", "warnings", "weakref",
-    "zlib",
+IMPORTS = (  # what programs often use; each module more makes every fork dearer
+    "abc", "array", "bisect", "cmath", "collections.abc", "contextlib", "copy", "dataclasses", "datetime", "decimal", "enum",
+    "fractions", "functools", "heapq", "inspect", "io", "itertools", "json", "linecache", "math", "numbers", "operator",
+    "os.path", "queue", "random", "re", "signal", "string", "struct", "sys", "threading", "time", "traceback", "types", "typing",
+    "warnings", "weakref",
 )  # fmt: skip
 
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from typing import Protocol
 
 from grpo.rewards.sandbox import syscalls as sys_
@@ -67,8 +66,8 @@ class DiskScratch:
     """A directory among the machine's temporary files. The kernel limits single files; what they come to together is looked up."""
 
     def __init__(self, parent: str, owner: tuple[int, int]) -> None:
-        self._home = tempfile.mkdtemp(prefix=PREFIX, dir=parent)
-        os.chmod(self._home, 0o711)
+        self._home = os.path.join(parent, PREFIX + os.urandom(8).hex())
+        os.mkdir(self._home, 0o711)
         self._owner = owner
         self._untouched: tuple[int, ...] = ()
         self.path = os.path.join(self._home, "box")

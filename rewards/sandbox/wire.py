@@ -36,8 +36,14 @@ class Setup:
 
     @classmethod
     def unpack(cls, message: bytes) -> Setup:
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(message).items()}
-        return cls(**fields)
+        fields = json.loads(message)
+        return cls(
+            level=fields["level"],
+            readable=tuple(fields["readable"]),
+            site_packages=tuple(fields["site_packages"]),
+            imports=tuple(fields["imports"]),
+            scratch=fields["scratch"],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

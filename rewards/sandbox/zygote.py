@@ -30,6 +30,7 @@ from grpo.rewards.sandbox.wire import MAX_MESSAGE, NUM_FILES, PROGRAM, RESULT, R
 _JOB_FD, _DOOR_FD = RESULT_FD + 1, RESULT_FD + 2  # in the child: its program, and what it says to the fork-server
 _FIRST_FREE_FD = 64  # file descriptors that are being sorted are put from here on
 _CONFINED = b"confined"
+_USUAL_FILES = 64 << 20  # what the scratch directory is limited to until a job says otherwise
 _THREAD_STACK = 8 << 20  # the default would be RLIMIT_STACK, which is made for the main thread
 
 
@@ -77,6 +78,7 @@ class ForkServer:
         os.chdir("/")
         os.umask(0o022)
         os.environ.update(HOME=self.scratch.path, TMPDIR=self.scratch.path)
+        self._files = _USUAL_FILES
         self._watch = Watch(control, owner_fd, queues, self.scratch, looks=not level.namespaces)
         gc.collect()
         gc.freeze()
@@ -86,6 +88,7 @@ class ForkServer:
         for fd in (self._control.fileno(), self._owner_fd):
             idle.register(fd, select.POLLIN)
         while True:
+            self._prepare()
             idle.poll()
             message, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, NUM_FILES)
             if not message:
@@ -99,12 +102,20 @@ class ForkServer:
                     os.close(fd)
             self._control.send(answer)
 
-    def _run(self, job: Job, fds: Sequence[int]) -> Report | Failure:
-        if self.scratch.renew(job.files):
-            self._confinement.allow_scratch(self.scratch.path)
-        self._confinement.count_tasks()
+    def _prepare(self) -> None:
+        """What the next job needs and can be done before it is there."""
+        self._renew(self._files)
         if self._processes is not None:
             self._processes.next()
+
+    def _renew(self, files: int) -> None:
+        if self.scratch.renew(files):
+            self._confinement.allow_scratch(self.scratch.path)
+        self._files = files
+
+    def _run(self, job: Job, fds: Sequence[int]) -> Report | Failure:
+        self._renew(job.files)
+        self._confinement.count_tasks()
         heard, door = os.pipe()
         try:
             started = time.monotonic()
