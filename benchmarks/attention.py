@@ -15,22 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.tree_attention import Tree, build_tree, tree_attention
+from grpo.tree_attention import build_tree, dense_mask, tree_attention
 
 HEADS, KV_HEADS, WIDTH = 9, 3, 64
-
-
-def dense_mask(tree: Tree, completions: list[list[int]]) -> Tensor:
-    """What the tree means, as one additive mask [1, 1, length, length]."""
-    owner = [(-1, -1)] * tree.prefix
-    for row, lengths in enumerate(completions):
-        owner += [(row, -1)] * tree.prompt
-        owner += [(row, k) for k, n in enumerate(lengths) for _ in range(n)] + [(row, -2)] * (tree.region - sum(lengths))
-    rows, parts = torch.tensor(owner).unbind(1)
-    same_row = rows[:, None] == rows[None]
-    sees = (rows[None] == -1) | (same_row & (parts[None] == -1)) | (same_row & (parts[:, None] == parts[None]))
-    sees &= torch.ones_like(sees).tril()
-    return torch.zeros(sees.shape, dtype=torch.bfloat16).masked_fill_(~sees, torch.finfo(torch.bfloat16).min)[None, None]
 
 
 def seconds(f: Callable[[], Tensor], repeats: int = 10) -> float:
@@ -48,9 +35,9 @@ def main() -> None:
     a = parser.parse_args()
     completions = [[a.completion] * a.samples for _ in range(a.groups)]
     tree = build_tree(a.prefix, [a.prompt] * a.groups, completions)
-    length = a.prefix + a.groups * (tree.prompt + tree.region)
+    length = a.prefix + a.groups * (a.prompt + a.samples * a.completion)
     q, k, v = (torch.randn(1, h, length, WIDTH, dtype=torch.bfloat16, requires_grad=True) for h in (HEADS, KV_HEADS, KV_HEADS))
-    mask, shared = dense_mask(tree, completions), HEADS // KV_HEADS
+    mask, shared = dense_mask(tree.seen_until), HEADS // KV_HEADS
 
     def dense() -> Tensor:
         return F.scaled_dot_product_attention(q, k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), attn_mask=mask)

@@ -14,7 +14,18 @@ import pytest
 from rich.console import Console
 
 from grpo.config import ConfigError, WandbConfig, WandbMode
-from grpo.console import ConsoleLogger, clip, evaluation_line, printable, prompt_tail, sample_table, step_columns, step_line, time_line, warnings
+from grpo.console import (
+    ConsoleLogger,
+    clip,
+    evaluation_line,
+    printable,
+    prompt_tail,
+    sample_table,
+    step_columns,
+    step_line,
+    time_line,
+    warnings,
+)
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger, has_wandb_key, wandb_mode
 from grpo.run import RunFolder
 from grpo.types import Completion, FinishReason, Group, Problem, Rollout, Score

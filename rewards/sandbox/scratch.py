@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
+import time
 from typing import Protocol
 
 from grpo.rewards.sandbox import syscalls as sys_
 
 MAX_FILES = 8192
-PREFIX = "grpo-sandbox-"
+_PREFIX = "grpo-sandbox-"
+_YOUNG_S = 300.0  # a directory this young may be about to be locked
 
 
 class Scratch(Protocol):
@@ -63,11 +66,18 @@ _FLAGS = sys_.MS_NOSUID | sys_.MS_NODEV | sys_.MS_NOEXEC | sys_.MS_NOATIME
 
 
 class DiskScratch:
-    """A directory among the machine's temporary files. The kernel limits single files; what they come to together is looked up."""
+    """A directory among the machine's temporary files. The kernel limits single files; what they come to together is looked up.
 
-    def __init__(self, parent: str, owner: tuple[int, int]) -> None:
-        self._home = os.path.join(parent, PREFIX + os.urandom(8).hex())
-        os.mkdir(self._home, 0o711)
+    Args:
+        home: made here and removed at the end. It is locked meanwhile, which ends with this process however that ends.
+    """
+
+    def __init__(self, home: str, owner: tuple[int, int]) -> None:
+        os.mkdir(home, 0o711)
+        self._home = home
+        self._lock = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        remove_abandoned(os.path.dirname(home))
         self._owner = owner
         self._untouched: tuple[int, ...] = ()
         self.path = os.path.join(self._home, "box")
@@ -76,7 +86,7 @@ class DiskScratch:
         if self._untouched and self._state() == self._untouched:
             return False
         if self._untouched:
-            self._remove_tree(self.path)
+            _remove_tree(self.path, self._home)
         os.mkdir(self.path, 0o700)
         if self._owner != (os.geteuid(), os.getegid()):
             os.chown(self.path, *self._owner)
@@ -121,26 +131,61 @@ class DiskScratch:
         return sum({status.st_ino: status.st_blocks * 512 for status in files if status.st_nlink == 0}.values())
 
     def remove(self) -> None:
-        if self._untouched:
-            self._remove_tree(self.path)
-        os.rmdir(self._home)
+        remove_home(self._home)
 
-    def _remove_tree(self, root: str) -> None:
-        """Remove it however deep it is: directories are first moved up, so that no path becomes too long."""
-        pending, moved = [root], 0
-        while pending:
-            directory = pending.pop()
-            os.chmod(directory, 0o700)
-            for entry in os.scandir(directory):
-                if entry.is_dir(follow_symlinks=False):
-                    moved += 1
-                    target = os.path.join(self._home, f"removed-{moved}")
-                    os.chmod(entry.path, 0o700)
-                    os.rename(entry.path, target)
-                    pending.append(target)
-                else:
-                    os.unlink(entry.path)
-            os.rmdir(directory)
+
+def new_home(parent: str) -> str:
+    """Where a ``DiskScratch`` may be made."""
+    return os.path.join(parent, _PREFIX + os.urandom(8).hex())
+
+
+def remove_abandoned(parent: str) -> None:
+    """Remove this user's scratch directories whose fork-server and owner were both killed."""
+    for entry in os.scandir(parent):
+        if entry.name.startswith(_PREFIX):
+            try:
+                status = entry.stat(follow_symlinks=False)
+                ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+                if ours and status.st_mtime < time.time() - _YOUNG_S and not _locked(entry.path):
+                    remove_home(entry.path)
+            except OSError:
+                pass  # somebody else is removing it
+
+
+def _locked(directory: str) -> bool:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def remove_home(home: str) -> None:
+    """Remove a scratch directory with what is in it, if it is there."""
+    if os.path.isdir(home):
+        for name in os.listdir(home):
+            _remove_tree(os.path.join(home, name), home)
+        os.rmdir(home)
+
+
+def _remove_tree(root: str, home: str) -> None:
+    """Remove it however deep it is: directories are first moved up to ``home``, so that no path becomes too long."""
+    pending = [root]
+    while pending:
+        directory = pending.pop()
+        os.chmod(directory, 0o700)
+        for entry in os.scandir(directory):
+            if entry.is_dir(follow_symlinks=False):
+                target = os.path.join(home, f"removed-{os.urandom(8).hex()}")
+                os.chmod(entry.path, 0o700)
+                os.rename(entry.path, target)
+                pending.append(target)
+            else:
+                os.unlink(entry.path)
+        os.rmdir(directory)
 
 
 def _raise_unless_gone(error: OSError) -> None:

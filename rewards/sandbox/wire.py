@@ -29,7 +29,7 @@ class Setup:
     readable: tuple[str, ...]  # paths that programs may read
     site_packages: tuple[str, ...]
     imports: tuple[str, ...]  # modules to have ready
-    scratch: str  # where to make the scratch directory, on levels that need one on the disk
+    scratch: str  # the directory to make on levels that need one on the disk
 
     def pack(self) -> bytes:
         return json.dumps(asdict(self)).encode()

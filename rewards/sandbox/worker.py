@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from grpo.rewards.sandbox import interpreter, memfiles
+from grpo.rewards.sandbox import interpreter, memfiles, scratch
 from grpo.rewards.sandbox.outcome import Outcome
 from grpo.rewards.sandbox.types import Limits, SandboxError
 from grpo.rewards.sandbox.wire import MAX_MESSAGE, RESULT, STDERR, STDOUT, Failure, Job, Ready, Report, Setup, unpack_answer
@@ -58,6 +58,7 @@ class Worker:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         owner_fd = os.pidfd_open(os.getpid())
         self._control = ours
+        self._scratch = scratch.new_home(tempfile.gettempdir())
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 – closed in close()
         arguments = [_SERVE, str(Path(__file__).parent), str(theirs.fileno()), str(owner_fd)]
         try:
@@ -84,7 +85,7 @@ class Worker:
                 readable=interpreter.readable(),
                 site_packages=interpreter.site_packages(),
                 imports=tuple(imports),
-                scratch=tempfile.gettempdir(),
+                scratch=self._scratch,
             )
             answer = self._ask(setup.pack(), (), _START_S)
             if not isinstance(answer, Ready):
@@ -159,4 +160,6 @@ class Worker:
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        with contextlib.suppress(OSError):  # it is there only if the fork-server was killed; what stays now goes at the next start
+            scratch.remove_home(self._scratch)
         self._errors.close()

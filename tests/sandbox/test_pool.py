@@ -523,5 +523,24 @@ def test_nothing_is_left_after_the_owner_is_killed(level: str, folder: Path, end
     assert wait_for(lambda: not list(folder.iterdir()))
 
 
+def test_nothing_is_left_after_all_are_killed(level: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody could clean up: the next one does."""
+    from grpo.rewards.sandbox import scratch
+
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, level], stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(folder)})
+    assert owner.stdout is not None and owner.stdout.readline() == b"running\n"
+    family = descendants(owner.pid) | {owner.pid}
+    for pid in family:
+        kill(pid)
+    owner.wait()
+    owner.stdout.close()
+    assert wait_for(lambda: not alive(family))
+    monkeypatch.setattr(scratch, "_YOUNG_S", -1.0)
+    with Sandbox(workers=1, level=level) as box:
+        scratch.remove_abandoned(str(folder))
+        assert box.run("open('x', 'w').write('x')").status == "ok"  # its own is still there
+    assert list(folder.iterdir()) == []
+
+
 def test_refusal_is_a_sandbox_error() -> None:
     assert issubclass(SandboxUnavailable, SandboxError)
