@@ -117,6 +117,8 @@ def make_engine(config: Config, folder: str, tokenizer: Any, where: Machine, sta
         num_engines=rollout.num_engines,
         cpus_per_engine=cpus,
         gpus_per_engine=rollout.gpus_per_engine,
+        schedule=rollout.schedule.value,
+        hang_timeout=rollout.hang_timeout_s,
         factory=VLLMEngine,
         kwargs={
             "model_path": folder,

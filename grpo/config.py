@@ -43,6 +43,11 @@ class Layout(StrEnum):
     padded = "padded"
 
 
+class ScheduleName(StrEnum):
+    free = "free"
+    fixed = "fixed"
+
+
 class Anchor(StrEnum):
     proximal = "proximal"
     behavior = "behavior"
@@ -134,6 +139,8 @@ class RolloutConfig:
     num_engines: int = doc("engine actors; requests are spread over them", 1)
     cpus_per_engine: int = doc("threads of one engine; 0: all cores of the machine, divided among the engines", 0)
     gpus_per_engine: int = doc("GPUs of one engine (tensor parallel); 0: CPU", 0)
+    schedule: ScheduleName = doc("free: engines get work as they finish; fixed: equal shares, exact to the bit on equal machines", ScheduleName.free)
+    hang_timeout_s: float = doc("an engine that makes no step for so long is killed and replaced", 300.0)
     engine_args: dict[str, Any] = doc("passed to the engine as they are, e.g. any argument of vllm.LLM", factory=dict)
 
 
@@ -290,6 +297,7 @@ def validate(config: Config) -> None:
         "set it to 1 for training; eval.top_p is free",
     )
     check(c.rollout.top_k == 0, "rollout.top_k", "training on truncated sampling biases the importance weights", "set it to 0 for training")
+    check(c.rollout.hang_timeout_s > 0, "rollout.hang_timeout_s", "it must be a positive number of seconds", "300 is usual")
     check(c.rollout.cpus_per_engine >= 0, "rollout.cpus_per_engine", "it counts cores", "0 divides all cores among the engines")
     check(c.rollout.gpus_per_engine >= 0, "rollout.gpus_per_engine", "it counts GPUs", "0 is CPU")
     check(c.optim.lr >= 0, "optim.lr", "a learning rate is not negative", "1e-6 is usual for large models, 1e-5 for small ones")

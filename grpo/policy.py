@@ -106,10 +106,8 @@ class HFPolicy:
         _check_head(self.model, self.device)
         self.plan = plan_layout(self.model, "shared_prompt" if shared_prompt else "padded")
         self._plan_checked = False
-        if self.device.type == "cpu":
-            memory.reuse_freed_pages()
-            if type(embedding := self.model.get_input_embeddings()) is nn.Embedding:
-                embedding.sparse = True  # a gradient of the rows that were looked up, not of the whole vocabulary
+        if self.device.type == "cpu" and type(embedding := self.model.get_input_embeddings()) is nn.Embedding:
+            embedding.sparse = True  # a gradient of the rows that were looked up, not of the whole vocabulary
         self.num_updates = self.num_skipped = 0
         exact = torch.promote_types(dtype, torch.float32)
         self.masters = {name: nn.Parameter(p.detach().to(exact, copy=True).contiguous()) for name, p in model.named_parameters()}
@@ -118,6 +116,9 @@ class HFPolicy:
             self.masters[name].grad = torch.zeros_like(self.masters[name])
             parameter.register_post_accumulate_grad_hook(self._accumulate(self.masters[name]))
         self.optimiser = _optimiser(list(self.masters.values()), optim, self.device)
+        _make_state(self.optimiser)
+        if self.device.type == "cpu":
+            memory.reuse_freed_pages()
 
     @staticmethod
     def _accumulate(master: nn.Parameter) -> Any:
@@ -268,6 +269,19 @@ def _optimiser(parameters: list[nn.Parameter], s: OptimSettings, device: torch.d
     return torch.optim.AdamW(
         parameters, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, fused=device.type in ("cpu", "cuda")
     )
+
+
+def _make_state(optimiser: torch.optim.Optimizer) -> None:
+    """Make what the first step would make, as zeros: made between activations, it would split the memory that these reuse."""
+    rates = [group["lr"] for group in optimiser.param_groups]
+    for group in optimiser.param_groups:
+        group["lr"] = 0.0
+    optimiser.step()  # of gradients that are zero
+    for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimiser.state.values():
+        if "step" in state:
+            state["step"].zero_()
 
 
 def _add(into: Tensor, grad: Tensor) -> None:

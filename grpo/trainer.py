@@ -21,6 +21,7 @@ from grpo.loggers import Logger
 from grpo.metrics import eval_metrics, has_signal, rollout_metrics
 from grpo.rewards.health import RewardFailure, UnscoredStop
 from grpo.rollout_table import rollout_key
+from grpo.rollouts.base import SyncReport
 from grpo.rollouts.dynamic import Draw, draw_groups
 from grpo.run import RunFolder
 from grpo.types import Group, Problem
@@ -38,7 +39,11 @@ class Collector(Protocol):
 
 
 class TakesWeights(Protocol):
-    def load_weights(self, weights: Any, version: int) -> None: ...
+    """An engine as the loop sees it."""
+
+    def load_weights(self, weights: Any, version: int) -> SyncReport: ...
+
+    def metrics(self) -> Metrics: ...
 
 
 @dataclass(kw_only=True)
@@ -74,6 +79,7 @@ class Trainer:
     elapsed: float = 0.0
     synced_version: int = -1
     times: Metrics = field(default_factory=dict)
+    synced: Metrics = field(default_factory=dict)  # what was proven of the last weights that were sent
 
     def train(self, stop: StopSignal) -> None:
         """Go on until ``settings.steps``; on ``Interrupted`` what is done is saved before it travels on."""
@@ -143,7 +149,7 @@ class Trainer:
         if self.synced_version != self.step:
             with self.timed("sync"):
                 self.logger.phase("loading weights")
-                self.engine.load_weights(self.learner.policy.weights(), version=self.step)
+                self.synced = self.engine.load_weights(self.learner.policy.weights(), version=self.step).metrics()
                 self.synced_version = self.step
 
     def evaluation_due(self) -> bool:
@@ -198,7 +204,7 @@ class Trainer:
     def progress(self, groups: Sequence[Group], seconds: float) -> Metrics:
         tokens = sum(len(r.completion.token_ids) for g in groups for r in g.rollouts)
         times = {f"time/{name}": value for name, value in self.times.items()}
-        return times | {
+        return times | self.synced | self.engine.metrics() | {
             "time/step": seconds,
             "time/elapsed": self.elapsed,
             "throughput/problems_per_s": len(groups) / seconds,

@@ -246,10 +246,10 @@ class _Worker:
         self.jobs.extend(jobs)
         self.outgoing += encode(tuple(self.jobs))
         self._task_begins()
-        self.exchange()
+        self.send()  # and no more: an answer received here would wait for the next tick to be looked at
 
-    def exchange(self) -> None:
-        """Send and receive what is possible at once."""
+    def send(self) -> None:
+        """What the channel takes at once."""
         try:
             while self.outgoing:
                 del self.outgoing[: self.channel.send(self.outgoing)]
@@ -257,6 +257,10 @@ class _Worker:
             pass
         except OSError:
             self.outgoing.clear()  # it is gone; reading will tell
+
+    def exchange(self) -> None:
+        """Send and receive what is possible at once."""
+        self.send()
         try:
             while chunk := self.channel.recv(1 << 20):
                 self._incoming += chunk

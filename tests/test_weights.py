@@ -202,7 +202,7 @@ def test_a_report_has_one_digest_whatever_the_order() -> None:
     assert first.digest == SyncReport(digests={"y": "2", "x": "1"}, **b).digest
     assert first.digest != SyncReport(digests={"x": "2", "y": "1"}, **b).digest
     measured = first.metrics()
-    assert (measured["sync/seconds"], measured["sync/megabytes"]) == (0.5, 8e-6)
+    assert measured["sync/megabytes"] == 8e-6
     assert (measured["sync/tensors"], measured["sync/tensors_read_back"], measured["sync/engines"]) == (2, 2, 1)
 
 

@@ -503,7 +503,6 @@ box = Sandbox(workers=2, level=sys.argv[1])
 source = "open('file', 'w').write('x')\\nimport time\\ntime.sleep(600)"
 for _ in range(2):
     threading.Thread(target=box.run, args=(source,), kwargs={"limits": Limits(cpu_s=5, wall_s=900)}, daemon=True).start()
-time.sleep(1)
 print("running", flush=True)
 time.sleep(600)
 """
@@ -514,8 +513,8 @@ def test_nothing_is_left_after_the_owner_is_killed(level: str, folder: Path, end
     environment = {**os.environ, "TMPDIR": str(folder)}
     owner = subprocess.Popen([sys.executable, "-c", OWNER, level], stdout=subprocess.PIPE, env=environment)
     assert owner.stdout is not None and owner.stdout.readline() == b"running\n"
+    assert wait_for(lambda: len(descendants(owner.pid)) >= 4)  # two fork-servers, two programs
     family = descendants(owner.pid)
-    assert len(alive(family)) >= 4  # two fork-servers, two programs
     owner.send_signal(end)
     owner.wait()
     owner.stdout.close()
@@ -529,6 +528,7 @@ def test_nothing_is_left_after_all_are_killed(level: str, folder: Path, monkeypa
 
     owner = subprocess.Popen([sys.executable, "-c", OWNER, level], stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(folder)})
     assert owner.stdout is not None and owner.stdout.readline() == b"running\n"
+    assert wait_for(lambda: len(descendants(owner.pid)) >= 4)
     family = descendants(owner.pid) | {owner.pid}
     for pid in family:
         kill(pid)
