@@ -6,8 +6,9 @@ Both train SmolLM2-135M-Instruct on the sums of the recipe ``r1_zero_arithmetic`
 temperature 1, with the recipe's prompts (two worked examples).
 
 ours: the recipe as it stands, with vLLM as the engine, in ``grpo train``, with its two rewards. Timed: ``time/step`` of its metrics.
-trl:  its defaults, with its transformers sampler, 8 rollouts a micro-batch, no activation checkpointing (slower), the recipe's stop string,
-      and a reward that costs nothing. Timed: from ``on_step_begin`` to ``on_step_end``.
+trl:  its defaults, with its transformers sampler, 8 rollouts a micro-batch, no activation checkpointing (slower), and a reward that costs
+      nothing. Its sampler takes no stop string, so its completions go on to 48 tokens or an end token. Timed: from ``on_step_begin`` to
+      ``on_step_end``.
 
 The best of the steps after the first counts; the first, if it was the only one. Each side is a process of its own. It is ended when its
 resident memory, that of its children included, passes ``--cap`` GiB: then the steps it finished are reported, and that it was ended.
@@ -83,7 +84,6 @@ def trl(steps: int, scratch: Path) -> None:
             gradient_accumulation_steps=PROBLEMS * SAMPLES // 8,
             num_generations=SAMPLES,
             max_completion_length=LONGEST,
-            generation_kwargs={"stop_strings": ["</answer>"], "tokenizer": tokenizer},
             max_steps=steps,
             learning_rate=3e-5,
             beta=0.0,

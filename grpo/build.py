@@ -19,7 +19,7 @@ import yaml
 
 from grpo import checkpoint, replay
 from grpo.card import objective_card
-from grpo.config import Config, ConfigError, EngineName, Layout, Precision, WandbMode
+from grpo.config import Config, ConfigError, EngineName, Precision, WandbMode
 from grpo.console import ConsoleLogger
 from grpo.data import ProblemSource
 from grpo.environment import usable_cores
@@ -168,9 +168,8 @@ def make_policy(config: Config, folder: str, tokenizer: Any, where: Machine) -> 
         dtype=getattr(torch, where.dtype_name),
         device=where.device,
         temperature=config.rollout.temperature,
-        shared_prompt=config.trainer.layout is Layout.shared_prompt,
+        layout=config.trainer.layout.value,
         tokens_per_microbatch=config.trainer.tokens_per_microbatch,
-        logprob_chunk=config.trainer.logprob_chunk,
         tokenizer=tokenizer,
     )
 

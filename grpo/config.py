@@ -40,6 +40,7 @@ class Schedule(StrEnum):
 
 class Layout(StrEnum):
     shared_prompt = "shared_prompt"
+    packed = "packed"
     padded = "padded"
 
 
@@ -177,9 +178,8 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
-    layout: Layout = doc("how rollouts are laid out for the model: shared_prompt computes a prompt once a group", Layout.shared_prompt)
+    layout: Layout = doc("how rollouts are laid out for the model: shared_prompt computes a prompt once a group; packed, padded", Layout.shared_prompt)
     tokens_per_microbatch: int = doc("token budget of one forward and backward pass", 4096)
-    logprob_chunk: int = doc("tokens whose logits exist at the same time", 256)
     device: str = doc("cpu, cuda, or auto", "auto")
 
 
@@ -321,7 +321,6 @@ def validate(config: Config) -> None:
     check(c.algo.entropy_coef >= 0, "algo.entropy_coef", "a bonus is not negative", "0 is off")
     check(c.algo.reference_refresh >= 0, "algo.reference_refresh", "it counts optimiser updates", "0 is never")
     check(c.trainer.tokens_per_microbatch >= 1, "trainer.tokens_per_microbatch", "it counts tokens", "4096 is usual")
-    check(c.trainer.logprob_chunk >= 1, "trainer.logprob_chunk", "it counts tokens", "256 is usual")
     check(c.eval.every >= 0, "eval.every", "it counts steps", "0 evaluates only at the start and the end")
     check(c.eval.problems >= 0, "eval.problems", "it counts problems", "0 is no evaluation")
     check(c.eval.samples >= 1, "eval.samples", "it counts completions a problem", "set it to 1 or more")

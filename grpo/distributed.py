@@ -49,7 +49,6 @@ class DistributedPolicy:
         self._layout: LayoutName = ranks.load(make_model, settings)
         self._layout_checked = False
         self._loss: Loss | None = None
-        self._snapshots = 0
 
     def score(self, batch: Batch) -> TokenScores:
         return self._score(batch, None)
@@ -105,9 +104,9 @@ class DistributedPolicy:
         self._save(folder, None)
 
     def snapshot(self) -> Snapshot:
-        self._snapshots += 1
-        self._ranks.all("keep", self._snapshots)
-        return Snapshot(self, self._snapshots)
+        number = next(self._ranks.numbers)
+        self._ranks.all("keep", number)
+        return Snapshot(self, number)
 
     # ---------------------------------------------------------------- of the weights that learn (kept=None) or of a snapshot
 

@@ -15,7 +15,6 @@ SHM_NEEDED = GIB // 2  # where weights travel from trainer to engine; 270 MB for
 
 
 _PROCESS = {
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait without spinning: the engine works on the same cores
     "THP_MEM_ALLOC_ENABLE": "1",  # torch asks for huge pages: a tenth of the page faults of an update
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",

@@ -94,7 +94,7 @@ class HFPolicy:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         temperature: float = 1.0,
-        shared_prompt: bool = True,
+        layout: LayoutName = "shared_prompt",
         tokens_per_microbatch: int = 4096,
         logprob_chunk: int = 32,
         tokenizer: Any = None,
@@ -104,7 +104,7 @@ class HFPolicy:
         self.model = model.to(self.device).train()
         without_noise(model)
         _check_head(self.model, self.device)
-        self.plan = plan_layout(self.model, "shared_prompt" if shared_prompt else "padded")
+        self.plan = plan_layout(self.model, layout)
         self._plan_checked = False
         if self.device.type == "cpu" and type(embedding := self.model.get_input_embeddings()) is nn.Embedding:
             embedding.sparse = True  # a gradient of the rows that were looked up, not of the whole vocabulary

@@ -6,6 +6,7 @@ a rank that is alive and does not answer is found by the others' ``timeout``.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -53,6 +54,7 @@ class Ranks:
         if not ray.is_initialized():
             raise RuntimeError("ray is not running; call grpo.rollouts.pool.start_ray first")
         self.num_ranks = num_ranks
+        self.numbers = itertools.count()  # of snapshots: a late ``forget`` finds its own or none
         self._ended: str | None = None
         self._actors: list[Any] = []
         self._born: list[Born] = []

@@ -75,9 +75,8 @@ class RankUpdate:
 
 
 class Scorer(nn.Module):
-    """Model and head as one module, so that FSDP has the embedding, the last norm and the head whole whenever one of them is used.
-
-    The head's weight is read and its ``forward`` never called (the logits are never held): sharded by itself, it would not be gathered.
+    """Model and head as one module, FSDP's root: it has the embedding, the last norm and the head, whole from its call to the end of
+    the backward pass. They cannot be sharded apart, since the embedding of many models is their head.
     """
 
     def __init__(self, model: Any, temperature: float, chunk: int) -> None:
@@ -222,7 +221,7 @@ class ShardedPolicy:
         self.kept[number] = {name: cast(DTensor, master.detach().clone()) for name, master in self.masters.items()}
 
     def forget(self, number: int) -> None:
-        del self.kept[number]
+        self.kept.pop(number, None)
 
     @contextmanager
     def _showing(self, kept: int | None) -> Iterator[None]:
@@ -335,6 +334,7 @@ def fill(model: nn.Module, source: Any, device: torch.device) -> None:
         ValueError: the two models are not the same, or the model cannot be trained here (see ``_check_head``).
     """
     if source is not None:  # an error of rank 0 ends them all
+        model_support.without_noise(source)
         _check_head(source, torch.device("cpu"))
         _check_same(_shapes(model), _shapes(source))
     model.to_empty(device=device)

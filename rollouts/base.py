@@ -62,7 +62,6 @@ class SyncReport:
 
     def metrics(self) -> dict[str, float]:
         return {
-            "sync/seconds": self.seconds,
             "sync/megabytes": self.num_bytes / 1e6,
             "sync/tensors": float(len(self.digests)),
             "sync/tensors_read_back": float(self.read_back),

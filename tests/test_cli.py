@@ -66,7 +66,7 @@ BUILT_IN = "r1_zero_arithmetic"
         pytest.param(["short.yml"], "recipe", "rename it to short.yaml", id="yml"),
         pytest.param([BUILT_IN, "--multirun", "--cfg", "job"], "--multirun", "leave out --cfg", id="multirun with cfg"),
         pytest.param([BUILT_IN, "run.steps=many"], "run.steps", "many", id="wrong type"),
-        pytest.param([BUILT_IN, "trainer.layout=packed"], "trainer.layout", "shared_prompt", id="wrong value of a list"),
+        pytest.param([BUILT_IN, "trainer.layout=packd"], "trainer.layout", "shared_prompt", id="wrong value of a list"),
         pytest.param([BUILT_IN, "run.steps=-1"], "run.steps", "is -1", id="out of range"),
         pytest.param([BUILT_IN, "rollout.top_p=0.9"], "rollout.top_p", "importance weights", id="would bias training"),
         pytest.param([BUILT_IN, "optim=3"], "optim", "is a section", id="section"),

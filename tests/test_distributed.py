@@ -73,6 +73,7 @@ def toy(seed: int = 0, tied: bool = True, exact: bool = True, checkpointing: boo
         num_key_value_heads=1,
         initializer_range=0.2,
         tie_word_embeddings=tied,
+        attention_dropout=0.5,  # which a policy switches off: else nothing here would be equal
     )
     with torch.random.fork_rng(devices=[]), torch.device("meta" if empty else "cpu"):
         torch.manual_seed(seed)
@@ -360,7 +361,28 @@ def test_a_snapshot_stays_while_the_policy_learns(ranks_of: Callable[[int], Rank
     torch.testing.assert_close(elsewhere.score(batch).logprobs, before, rtol=0, atol=1e-9 if dtype == "float64" else 0.05)
     assert apart(again.weights(), saved["masters"]) == apart(elsewhere.weights(), saved["masters"]) == 0
     del reference, same
-    gc.collect()  # of a policy that is no longer there: nothing to forget, and no error
+    gc.collect()  # they were of the policy before: the ranks drop nothing that is still wanted
+    assert torch.equal(again.score(batch).logprobs, before)
+
+
+def held(ranks: Ranks) -> list[int]:
+    """Numbers of the snapshots that rank 0 holds, read past what a policy offers."""
+    import ray
+
+    kept: list[int] = ray.get(ranks._actors[0].__ray_call__.remote(lambda actor: sorted(actor._policy.kept)))
+    return kept
+
+
+@pytest.mark.slow
+def test_the_ranks_drop_a_snapshot_with_its_object(ranks_of: Callable[[int], Ranks]) -> None:
+    ranks = ranks_of(2)
+    policy = spread(ranks)
+    snapshots = [policy.snapshot() for _ in range(3)]
+    numbers = [snapshot._number for snapshot in snapshots]
+    assert held(ranks) == numbers
+    del snapshots[1]
+    gc.collect()
+    assert held(ranks) == [numbers[0], numbers[2]]
 
 
 # ---------------------------------------------------------------- what others get
@@ -395,7 +417,7 @@ def soften(x):
     return torch.tanh(SHARPNESS * x) / SHARPNESS
 
 def objective(log_ratio, advantages, logprobs, strength=1.0):
-    return Objective(values=strength * soften(log_ratio + advantages) * logprobs, clipped=torch.zeros_like(log_ratio))
+    return Objective(values=strength * soften(log_ratio + advantages) * logprobs, clipped=torch.zeros_like(log_ratio, dtype=torch.bool))
 
 class Fade:
     '''Halves with every call.'''
@@ -484,6 +506,35 @@ def test_a_rank_that_hangs_is_found_by_the_others(ranks_of: Callable[[int], Rank
         policy.update(make_batch(), PLAIN)
     assert time.monotonic() - start < 60
     assert all_gone(pids)
+
+
+class Alarm(Exception):
+    """What a signal's handler raises, as Ctrl-C does."""
+
+
+@pytest.mark.slow
+def test_an_interruption_leaves_the_ranks_in_step(ranks_of: Callable[[int], Ranks]) -> None:
+    """Wherever in a call it falls, all ranks were told or none: they never wait for each other in different calls."""
+
+    def ring(number: int, frame: Any) -> None:
+        raise Alarm
+
+    many, one, batch = spread(ranks_of(3)), alone(), make_batch()
+    before, interrupted = signal.signal(signal.SIGALRM, ring), 0
+    try:
+        for delay in (0.0002, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                many.score(batch), many.weights()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except (Alarm, SystemError):  # compiled code that an exception passes through makes a SystemError of it
+                interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted >= 4
+    one.update(batch, PLAIN), many.update(batch, PLAIN)
+    assert apart(many.weights(), one.weights()) < 1e-9
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from grpo import aggregation, kl, objectives, tree_attention
 from grpo.batch import Batch, collate
+from grpo.layouts import LayoutName
 from grpo.losses import Loss
 from grpo.policy import HFPolicy, OptimSettings, learning_rate
 from grpo.types import Completion, FinishReason, Group, Problem, Rollout
@@ -211,14 +212,14 @@ def test_a_float64_model_learns_in_float64(tied: bool) -> None:
             torch.testing.assert_close(moved[name], gradient, rtol=1e-9, atol=1e-9 * float(gradient.abs().max()), msg=name)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_activation_checkpointing_changes_memory_and_no_gradient(shared: bool) -> None:
+@pytest.mark.parametrize("layout", ["shared_prompt", "padded"])
+def test_activation_checkpointing_changes_memory_and_no_gradient(layout: LayoutName) -> None:
     model = toy()
-    plain = moved_by_sgd(copy.deepcopy(model), shared_prompt=shared)
+    plain = moved_by_sgd(copy.deepcopy(model), layout=layout)
     with_gradient: list[bool] = []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: with_gradient.append(torch.is_grad_enabled()))
     model.gradient_checkpointing_enable()
-    again = moved_by_sgd(model, shared_prompt=shared)
+    again = moved_by_sgd(model, layout=layout)
     assert sum(with_gradient) == 2, "forward, and once more backward"
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
@@ -275,7 +276,7 @@ def test_only_rollouts_with_signal_are_computed_unless_a_kl_needs_all() -> None:
     batch = replace(batch, advantages=batch.advantages * (batch.rollout_index < 2))
     computed = {}
     for name, loss in (("plain", PLAIN), ("kl", replace(PLAIN, kl=kl.k3, kl_coef=0.1))):
-        policy = make_policy(shared_prompt=False)
+        policy = make_policy(layout="padded")
         metrics = policy.update(replace(batch, reference_logprobs=policy.score(batch).logprobs), loss)
         computed[name] = (metrics["policy/trained_rollouts"], metrics["throughput/update_tokens"])
     tokens = [len(r.completion.token_ids) for r in batch.rollouts]
@@ -347,9 +348,9 @@ def test_weights_have_the_names_of_the_checkpoint(tied: bool, tmp_path: Path) ->
     assert ("lm_head.weight" in stored) is not tied
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_saved_policy_loads_in_transformers(shared: bool, tmp_path: Path) -> None:
-    policy, batch = make_policy(shared_prompt=shared), make_batch()
+@pytest.mark.parametrize("layout", ["shared_prompt", "padded"])
+def test_a_saved_policy_loads_in_transformers(layout: LayoutName, tmp_path: Path) -> None:
+    policy, batch = make_policy(layout=layout), make_batch()
     for seed in range(3):
         policy.update(make_batch(seed), PLAIN)
     policy.save(tmp_path)

@@ -23,9 +23,7 @@ def enter(control: socket.socket) -> None:
     """Move into new namespaces, in a new process; the calling one stays behind, waits for it and ends with it."""
     outside = os.getuid(), os.getgid()
     users = 0 if os.geteuid() == 0 else sys_.CLONE_NEWUSER
-    sys_.unshare(
-        users | sys_.CLONE_NEWPID | sys_.CLONE_NEWNS | sys_.CLONE_NEWNET | sys_.CLONE_NEWIPC | sys_.CLONE_NEWUTS
-    )
+    sys_.unshare(users | sys_.CLONE_NEWPID | sys_.CLONE_NEWNS | sys_.CLONE_NEWNET | sys_.CLONE_NEWIPC | sys_.CLONE_NEWUTS)
     if users:
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"{_USER} {outside[0]} 1")

@@ -93,7 +93,6 @@ def raise_limit():
 '''
 
 
-
 @contextmanager
 def bait() -> Iterator[list[object]]:
     """The probe's arguments, and for as long as it runs, something to find."""

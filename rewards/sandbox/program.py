@@ -43,9 +43,7 @@ def _open_standard_files() -> list[TextIOWrapper]:
     """Those to write to. As the interpreter itself does it, on what file descriptors 0 to 2 are since the fork."""
     stdin = TextIOWrapper(BufferedReader(FileIO(0, "r", closefd=False)), encoding="utf-8", errors="surrogateescape")
     stdout = TextIOWrapper(BufferedWriter(FileIO(1, "w", closefd=False)), encoding="utf-8", errors="surrogateescape")
-    stderr = TextIOWrapper(
-        BufferedWriter(FileIO(2, "w", closefd=False)), encoding="utf-8", errors="backslashreplace", line_buffering=True
-    )
+    stderr = TextIOWrapper(BufferedWriter(FileIO(2, "w", closefd=False)), encoding="utf-8", errors="backslashreplace", line_buffering=True)
     sys.stdin = sys.__stdin__ = stdin  # type: ignore[misc]
     sys.stdout = sys.__stdout__ = stdout  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = stderr  # type: ignore[misc]

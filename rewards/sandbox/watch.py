@@ -125,5 +125,3 @@ def _too_many_threads(pid: int) -> bool:
         return num_threads(pid) > MAX_THREADS
     except OSError:
         return False  # it has just ended
-
-
