@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from typing import Any
 
 from grpo.config import Anchor, CombineRewards, KLPlace
 from grpo.imports import FunctionRef
 from grpo.notation import formula, source
-from grpo.plan import Plan
+from grpo.plan import WITHIN_GROUP, Plan
 
 
 def objective_card(plan: Plan) -> str:
@@ -40,14 +42,19 @@ def _equations(plan: Plan) -> Iterator[tuple[str, str]]:
     if algo.entropy_coef:
         yield "H", "entropy of π_θ(· | q, o_<t), in nats"
     yield from _credit(plan)
-    yield "r", " + ".join(f"{part.weight:g} · {part.name}" for part in plan.rewards if part.weight) or "0"
+    counted = [part for part in plan.rewards if part.weight]
+    if algo.combine_rewards is CombineRewards.after:
+        yield "r_k, w_k", ", ".join(f"{part.name} with w = {part.weight:g}" for part in counted)
+    else:
+        yield "r", " + ".join(f"{part.weight:g} · {part.name}" for part in counted) or "0"
 
 
 def _credit(plan: Plan) -> Iterator[tuple[str, str]]:
     algo = plan.config.algo
     advantage = _formula(plan.advantage)
     if algo.combine_rewards is CombineRewards.after:
-        advantage = "Σ_k w_k · [ " + advantage.replace("rᵢ", "rᵢₖ").replace("(r)", "(r_k)") + " ] over the reward parts k"
+        of_a_part = advantage.replace("rᵢ", "rᵢₖ").replace("(r)", "(r_k)").replace("(r of", "(r_k of")
+        advantage = f"Σ_k w_k · [ {of_a_part} ] over the reward parts k"
     kl_in_reward = plan.kl is not None and plan.kl_coef and algo.kl_in is KLPlace.reward
     name = "Aᵢ" if kl_in_reward or plan.normalise else "A"
     yield name, advantage
@@ -75,40 +82,32 @@ def _batch(plan: Plan) -> Iterator[str]:
     config, algo = plan.config, plan.config.algo
     problems, samples, updates = config.rollout.problems_per_step, config.rollout.completions_per_problem, config.optim.updates_per_step
     total = problems * samples
-    yield f"{total} completions a step = {problems} problems × {samples}; {_updates(problems, samples, updates)}."
-    behavior = algo.anchor is Anchor.behavior
-    if updates == 1 and not behavior:
-        yield "One update a step: π_prox is π_θ itself, so ρ is exactly 1; no clip bound and no mask on ρ can bind."
-    elif updates > 1 and not behavior:
-        yield f"π_prox is the policy at the start of the step: ρ is 1 in the first of {updates} updates, clipping acts from the second on."
-    elif behavior:
-        yield "ρ compares with the engine's own log-probs: its bounds act on the sampler's mismatch too, from the first update on."
-    if plan.corrections and not behavior:
-        yield "The engine's log-probs differ a little from the trainer's (another numeric path): the corrections above weigh that."
-    elif not plan.corrections and not behavior:
-        yield "Nothing corrects for the difference between the engine's log-probs and the trainer's; `sampler/k3` shows how large it is."
-    if config.rollout.sampling_rounds > 1:
+    replaced = config.rollout.sampling_rounds > 1
+    yield f"{'Up to ' if replaced else ''}{total} completions a step = {problems} problems × {samples}; {_updates(plan)}."
+    if replaced:
         yield (
             f"Groups without signal are replaced by further problems in up to {config.rollout.sampling_rounds} rounds: a step may sample "
             f"more than {total} completions; all are stored, and the reward metrics are of all."
         )
-    if samples == 1:
-        yield "Groups of one: an advantage that compares within the group is always 0."
-    if _centred(plan):
-        yield "The advantages of a group sum to 0, so a loss value near 0 is normal: watch the reward and the gradient norm."
+    yield from _ratio_in_words(plan)
+    yield from _corrections_in_words(plan)
+    if config.rollout.temperature != 1:
+        yield f"π_θ, π_ref and all other log-probs are those at temperature {config.rollout.temperature:g}."
+    if _loss_near_zero(plan):
+        yield "The advantages of a group sum to 0 and every completion counts the same: a loss value near 0 is normal."
+    else:
+        yield "The loss value depends on how long completions are and says nothing of progress: watch the reward and the gradient norm."
     if algo.mask_truncated:
         yield "Completions cut off by the token limit are compared with, but take no part in the loss nor in its denominators."
     if plan.kl is not None and plan.kl_coef:
-        if algo.reference_refresh:
-            every = algo.reference_refresh / updates
-            yield f"π_ref becomes the policy every {algo.reference_refresh} optimiser updates, that is, every {every:g} steps."
-        else:
-            yield "π_ref is the model the run started from."
+        yield _reference_in_words(algo.reference_refresh, updates)
     elif plan.kl is not None:
         yield "The KL coefficient is 0: no reference model is loaded."
 
 
-def _updates(problems: int, samples: int, updates: int) -> str:
+def _updates(plan: Plan) -> str:
+    problems, samples = plan.config.rollout.problems_per_step, plan.config.rollout.completions_per_problem
+    updates = plan.config.optim.updates_per_step
     if updates == 1:
         return f"one optimiser update of all {problems * samples}"
     low, extra = divmod(problems, updates)
@@ -116,21 +115,65 @@ def _updates(problems: int, samples: int, updates: int) -> str:
     return f"{updates} optimiser updates of {sizes} (whole groups)"
 
 
-def _centred(plan: Plan) -> bool:
-    """Whether the advantages of every group sum to 0 by construction, in an objective that is about A where ρ is about 1."""
-    if plan.objective.target == "grpo.objectives.cispo":  # A · log π
-        return False
-    names = {f"grpo.advantages.{name}" for name in ("group_norm", "center", "leave_one_out", "max_rl")}
-    kl_in_reward = plan.kl is not None and plan.kl_coef and plan.config.algo.kl_in is KLPlace.reward
-    return plan.advantage.target in names and not plan.normalise and not kl_in_reward
+def _ratio_in_words(plan: Plan) -> Iterator[str]:
+    updates = plan.config.optim.updates_per_step
+    unbounded = plan.objective.target in ("grpo.objectives.policy_gradient", "grpo.objectives.sapo")
+    if plan.config.algo.anchor is Anchor.behavior:
+        acts = "" if unbounded else ": its bounds act on the sampler's mismatch too, from the first update on"
+        yield f"ρ compares with the engine's own log-probs{acts}."
+    elif updates == 1:
+        binds = "" if unbounded else ", and no bound on it can bind"
+        yield f"One update a step: π_prox is π_θ itself, so ρ is exactly 1{binds}."
+    else:
+        acts = "" if unbounded else "; its bounds act from the second on"
+        yield f"π_prox is the policy at the start of the step: ρ is 1 in the first of {updates} updates{acts}."
+
+
+def _corrections_in_words(plan: Plan) -> Iterator[str]:
+    if not plan.corrections and plan.config.algo.anchor is Anchor.proximal:
+        yield "Nothing corrects for the difference between the engine's log-probs and the trainer's; `sampler/k3` shows how large it is."
+    for name, ref in plan.corrections.items():
+        cap = _arguments(ref).get("cap")
+        does = f"is truncated at {cap:g}" if isinstance(cap, int | float) else "weighs the objective"
+        yield f"w_{name}, for the difference between the engine's log-probs and the trainer's, {does}."
+
+
+def _reference_in_words(refresh: int, updates: int) -> str:
+    if not refresh:
+        return "π_ref is the model the run started from."
+    steps = f", that is, every {refresh // updates} steps" if refresh % updates == 0 else ""
+    return f"π_ref becomes the policy every {refresh} optimiser updates{steps}."
+
+
+def _loss_near_zero(plan: Plan) -> bool:
+    """Whether the loss is Σ of each group's advantages, each counted the same: 0 but for the corrections."""
+    config, algo = plan.config, plan.config.algo
+    return (
+        plan.advantage.target in WITHIN_GROUP
+        and plan.normalise is None
+        and plan.aggregation.target == "grpo.aggregation.sequence_mean"
+        and plan.objective.target in ("grpo.objectives.clipped_surrogate", "grpo.objectives.policy_gradient")
+        and all(ref.target == "grpo.corrections.truncated_importance" for ref in plan.corrections.values())
+        and config.optim.updates_per_step == 1
+        and algo.anchor is Anchor.proximal
+        and not (plan.kl is not None and plan.kl_coef)
+        and not algo.entropy_coef
+        and not algo.mask_truncated
+    )
 
 
 def _formula(ref: FunctionRef, anchor: str = "π_prox") -> str:
     text = formula(ref.function(), ref.kwargs)
     if text is None:
-        arguments = ", ".join(f"{key} = {value}" for key, value in ref.kwargs.items())
+        arguments = ", ".join(f"{key} = {value}" for key, value in _arguments(ref).items())
         text = f"{ref.target.rpartition('.')[2].rpartition(':')[2]}({arguments or '·'})"
-    return text.replace("π_{anchor}", anchor).replace("π_prox", anchor if anchor == "π_behav" else "π_prox")
+    return text.replace("π_{anchor}", anchor).replace("π_prox", anchor)
+
+
+def _arguments(ref: FunctionRef) -> dict[str, Any]:
+    """The arguments a component is called with, its own defaults among them."""
+    defaults = {p.name: p.default for p in inspect.signature(ref.function()).parameters.values() if p.default is not p.empty}
+    return defaults | dict(ref.kwargs)
 
 
 def _origin(ref: FunctionRef) -> str:

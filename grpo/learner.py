@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from grpo.batch import Batch, collate
 from grpo.credit import Credit
 from grpo.losses import Loss
@@ -53,8 +56,19 @@ class Learner:
         if self.mask_truncated:  # after the advantages: a truncated completion was still an answer to compare with
             batch = batch.without_truncated()
         if self.updates_per_step > 1 and not self.loss.anchor_is_behavior:  # with one update the proximal policy is the policy
-            batch = replace(batch, proximal_logprobs=self.policy.score(batch).logprobs)
+            batch = replace(batch, proximal_logprobs=self.proximal(batch))
         return batch
+
+    def proximal(self, batch: Batch) -> Tensor:
+        """Log-probs of the policy as it is now; those of completions without signal, which no update looks at, stay 0."""
+        assert batch.advantages is not None, "advantages come first"
+        if not self.loss.signal_only:
+            return self.policy.score(batch).logprobs
+        trained = batch.with_signal()
+        has_signal = torch.zeros(len(batch.rollouts), dtype=torch.bool)
+        has_signal[batch.rollout_index[batch.advantages != 0]] = True
+        logprobs = self.policy.score(trained).logprobs
+        return logprobs.new_zeros(batch.num_tokens).masked_scatter(has_signal[batch.rollout_index], logprobs)
 
     def update(self, minibatch: Batch) -> Metrics:
         metrics = self.policy.update(minibatch, self.loss)

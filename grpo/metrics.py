@@ -107,9 +107,11 @@ def passes(rollout: Rollout, metric: str) -> bool:
     return rollout.scores[metric].value >= 1  # NaN compares false
 
 
-def has_signal(group: Group) -> bool:
-    """Whether the rewards of a group differ at all; only then does it move the policy. Exact equality, as the advantages use."""
-    rewards = [rollout.reward for rollout in group.rollouts if rollout.scored]
+def has_signal(group: Group, part: str | None = None) -> bool:
+    """Whether the rewards of a group (or one part of them) differ at all; only then does it move the policy. Exact equality, as the
+    advantages use."""
+    scored = [rollout for rollout in group.rollouts if rollout.scored]
+    rewards = [rollout.reward if part is None else rollout.scores[part].value for rollout in scored]
     return bool(rewards) and max(rewards) != min(rewards)
 
 

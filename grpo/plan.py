@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from grpo.batch import Batch, Totals
+from grpo.batch import Batch, collate
 from grpo.config import Anchor, CombineRewards, Config, ConfigError, EngineName, KLPlace, validate
+from grpo.corrections import Correction, Mismatch
 from grpo.credit import Credit
 from grpo.data import ProblemSource, PromptFormat, check_disjoint, load_problems
 from grpo.imports import FunctionRef, resolve
 from grpo.losses import Loss, TokenScores
 from grpo.models import check_model
+from grpo.objectives import Objective
 from grpo.rewards.base import RewardPart, parse_reward_config
-from grpo.types import Problem
+from grpo.types import Completion, FinishReason, Group, Problem, Rollout, Score
+
+WITHIN_GROUP = {f"grpo.advantages.{name}" for name in ("group_norm", "center", "leave_one_out", "max_rl")}  # 0 without others to compare
+OF_THE_SAMPLER = {f"grpo.corrections.{name}" for name in (
+    "truncated_importance", "truncated_sequence_importance", "token_mask", "sequence_mask", "geometric_mask"
+)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +83,11 @@ def plan(config: Config) -> Plan:
     validate(config)
     algo = config.algo
     kl = dict(algo.kl)
+    if kl and "coef" not in kl:
+        raise ConfigError("algo.kl.coef", "is missing", "give the weight of the KL term, e.g. algo.kl.coef=0.001; 0 leaves it out")
     kl_coef = kl.pop("coef", 0.0)
-    if kl and not (isinstance(kl_coef, (int, float)) and kl_coef >= 0):
-        raise ConfigError("algo.kl.coef", f"is {kl_coef!r}", "give a number of 0 or more")
+    if not (isinstance(kl_coef, (int, float)) and 0 <= kl_coef < math.inf):
+        raise ConfigError("algo.kl.coef", f"is {kl_coef!r}, but it must be a finite number of 0 or more", "0.001 is R1's")
     made = Plan(
         config=config,
         advantage=resolve(algo.advantage, "algo.advantage", positional=2),
@@ -93,35 +103,118 @@ def plan(config: Config) -> Plan:
         rewards=parse_reward_config(config.reward),
         problems=resolve(config.data.problems, "data.problems", positional=1, provided=("seed",)),
     )
+    check_combination(made)
     check_engine(config)
     try_loss(made)
     check_model(config.model.path, revision=config.model.revision)
     return made
 
 
+def check_combination(made: Plan) -> None:
+    """Settings that are fine alone and do nothing together.
+
+    Raises:
+        ConfigError: naming one of them.
+    """
+    config, algo = made.config, made.config.algo
+    if config.rollout.completions_per_problem == 1 and made.advantage.target in WITHIN_GROUP and not (made.kl_coef or algo.entropy_coef):
+        raise ConfigError(
+            "rollout.completions_per_problem",
+            f"is 1, but {made.advantage.target} compares the completions of a problem: nothing would be learned",
+            "raise it, or compare across the batch: algo=reinforce_pp",
+        )
+    if config.rollout.sampling_rounds > 1 and made.advantage.target not in WITHIN_GROUP:
+        raise ConfigError(
+            "rollout.sampling_rounds",
+            f"is {config.rollout.sampling_rounds}, but with {made.advantage.target} a group whose rewards are equal moves the policy too",
+            "set it to 1, or choose an advantage that compares within the group",
+        )
+    for name, ref in made.corrections.items():
+        if algo.anchor is Anchor.behavior and ref.target in OF_THE_SAMPLER:
+            raise ConfigError(
+                f"algo.correction.{name}",
+                f"{ref.target} weighs π_prox/π_behav, which is always 1 with algo.anchor=behavior",
+                "leave it out: algo.correction={}",
+            )
+
+
 def try_loss(made: Plan) -> None:
-    """The objective on two toy completions: an argument of the wrong type shows now, not after the first rollouts."""
+    """The objective on three toy completions: a function that returns the wrong thing shows now, not after the first rollouts.
+
+    Raises:
+        ConfigError: naming the component.
+    """
     import torch
 
-    one = torch.ones(2)
-    batch = Batch(
-        rollouts=(),
-        behavior_logprobs=-one,
-        rollout_index=torch.tensor([0, 1]),
-        group_index=torch.tensor([0, 0]),
-        group_num_tokens=torch.tensor([2]),
-        rewards=torch.tensor([0.0, 1.0]),
-        part_rewards=torch.tensor([[0.0], [1.0]]).expand(2, len(made.counted_weights)),
-        totals=Totals(tokens=2, rollouts=2, groups=1),
-        reference_logprobs=-one,
-    )
+    def says(key: str, problem: str) -> ConfigError:
+        return ConfigError(key, problem, "docs/extending.md says what each component is called with and returns")
+
+    batch = _toy_batch(made)
+    index, tokens = batch.rollout_index, batch.num_tokens
+    one = torch.ones(tokens)
+    per_token = {"ratio": (0 * one, index), "kl": (0 * one, 0 * one), "normalise": (one,)}
     try:
+        component = "advantage"
+        advantages = made.advantage.load()(batch.rewards, batch.group_index)
+        if getattr(advantages, "shape", None) != (3,):
+            raise says("algo.advantage", f"{made.advantage.target} must return a tensor [rollouts], one advantage a rollout")
+        for component, arguments in per_token.items():
+            ref = getattr(made, component)
+            if ref is not None and getattr(ref.load()(*arguments), "shape", None) != (tokens,):
+                raise says(f"algo.{component}", f"{ref.target} must return a tensor [tokens]")
+        component = "objective"
+        if not isinstance(made.objective.load()(0 * one, one, -one), Objective):
+            raise says("algo.objective", f"{made.objective.target} must return grpo.objectives.Objective(values=…, clipped=…)")
+        component = "correction"
+        mismatch = Mismatch(policy=-one, proximal=-one, behavior=-one, advantages=one, rollout_index=index)
+        for name, ref in made.corrections.items():
+            if not isinstance(ref.load()(mismatch), Correction):
+                raise says(f"algo.correction.{name}", f"{ref.target} must return grpo.corrections.Correction(weights=…, active=…)")
+        component = "aggregation"
+        aggregate = made.aggregation.load()
+        parts = sum(float(aggregate(one[index == i], batch.select([i]))) for i in range(3))
+        if abs(float(aggregate(one, batch)) - parts) > 1e-5:
+            what = f"{made.aggregation.target}: the parts of a batch do not add up to the whole; divide by batch.totals"
+            raise says("algo.aggregation", what)
+        component = "the loss"
         batch = replace(batch, advantages=made.credit()(batch))
-        made.loss()(TokenScores(logprobs=-one, entropy=one), batch)
+        scores = TokenScores(logprobs=(-one).requires_grad_(), entropy=one)
+        loss = made.loss()(scores, batch).loss
+        if not math.isfinite(float(loss.detach())):
+            raise says("algo", f"its loss on a toy batch is {float(loss.detach())}")
+    except ConfigError:
+        raise
     except Exception as error:
-        raise ConfigError(
-            "algo", f"its loss cannot be computed: {type(error).__name__}: {error}", "check the arguments under algo"
-        ) from error
+        where = f"algo.{component}" if component != "the loss" else "algo"
+        raise says(where, f"it cannot be computed: {type(error).__name__}: {error}") from error
+
+
+def _toy_batch(made: Plan) -> Batch:
+    """Two groups: completions of one and two tokens with rewards 0 and 1, and one of three tokens."""
+    groups = []
+    for name, lengths in (("a", (1, 2)), ("b", (3,))):
+        problem = Problem(id=name, prompt="", answer="")
+        rollouts = tuple(
+            Rollout(
+                problem=problem,
+                completion=Completion(
+                    problem_id=name,
+                    index=i,
+                    prompt_ids=(0,),
+                    token_ids=(0,) * n,
+                    text="",
+                    logprobs=(-1.0,) * n,
+                    policy_versions=(0,) * n,
+                    finish_reason=FinishReason.stop,
+                ),
+                scores={part: Score(value=float(i)) for part in made.reward_weights},
+                reward=float(i),
+            )
+            for i, n in enumerate(lengths)
+        )
+        groups.append(Group(problem=problem, rollouts=rollouts))
+    batch = collate(groups, tuple(made.counted_weights))
+    return replace(batch, reference_logprobs=batch.behavior_logprobs)
 
 
 def scripted_answer(config: Config) -> FunctionRef | None:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+
 from grpo import checkpoint
 from grpo.batch import Batch
 from grpo.data import ProblemSource
@@ -127,7 +129,12 @@ class Trainer:
                 self.times[name] = self.times.get(name, 0.0) + seconds
             return groups
 
-        return draw_groups(collect, self.source.take, has_signal, self.settings.problems_per_step, self.settings.sampling_rounds)
+        return draw_groups(collect, self.source.take, self.has_signal, self.settings.problems_per_step, self.settings.sampling_rounds)
+
+    def has_signal(self, group: Group) -> bool:
+        """Where advantages are taken part by part, one part that differs is enough."""
+        parts = self.learner.credit.part_weights
+        return any(has_signal(group, part) for part in parts) if parts else has_signal(group)
 
     def draw_metrics(self, drawn: Draw) -> Metrics:
         """What was left out of the update, and why: counted, so that nothing is biased in silence."""
@@ -173,8 +180,9 @@ class Trainer:
 
     def record(self, drawn: Draw, batch: Batch) -> None:
         assert batch.advantages is not None
-        first_token = [int((batch.rollout_index == i).nonzero()[0]) for i in range(len(batch.rollouts))]
-        advantages = {rollout_key(r): float(batch.advantages[t]) for r, t in zip(batch.rollouts, first_token, strict=True)}
+        first_tokens = torch.searchsorted(batch.rollout_index, torch.arange(len(batch.rollouts)))
+        of_rollouts = batch.advantages[first_tokens].tolist()
+        advantages = {rollout_key(r): advantage for r, advantage in zip(batch.rollouts, of_rollouts, strict=True)}
         dropped = {rollout_key(r): True for g in drawn.dropped for r in g.rollouts}
         kept = {rollout_key(r): False for g in drawn.kept for r in g.rollouts}
         self.run.write_rollouts(self.step, drawn.all, advantages, extra={"dropped": kept | dropped})
