@@ -28,7 +28,7 @@ from grpo.learner import Learner
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
 from grpo.metrics import eval_metrics, headline
 from grpo.models import resolve_model
-from grpo.plan import Plan, anchor_paths, load_both_splits, load_split, plan, scripted_answer
+from grpo.plan import Plan, anchor_paths, check_sandbox, load_both_splits, load_split, plan, scripted_answer
 from grpo.policy import HFPolicy, OptimSettings
 from grpo.replay import StepReplay
 from grpo.report import write_report
@@ -262,6 +262,7 @@ def train(config: Config) -> Result:
     """
     checked = plan(config)
     machine(config)
+    check_sandbox(checked.rewards)
     early = None if config.data.chat else load_both_splits(checked)  # a chat template needs the tokenizer, hence the model
     run = RunFolder.create(Path(config.run.dir), config.run.recipe or "run", config.run.name, resume=config.run.resume)
     resumed_from = checkpoint.last_sound_step(run) if config.run.resume else None

@@ -282,6 +282,23 @@ def check_gold(found: list[Problem], rewards: tuple[RewardPart, ...]) -> None:
             raise ConfigError(key, what, "correct these rows, or use another reward")
 
 
+def check_sandbox(rewards: tuple[RewardPart, ...]) -> None:
+    """A code reward needs a sandbox that holds on this machine: one is started, and its self-test run.
+
+    Raises:
+        ConfigError: what the machine lacks and how to get it.
+    """
+    from grpo.rewards.sandbox import Sandbox, SandboxUnavailable
+
+    for part in rewards:
+        if part.ref.target == "grpo.rewards.code.code_reward":
+            allow_weak, unsafe = (bool(part.ref.kwargs.get(name, False)) for name in ("allow_weak", "unsafe"))
+            try:
+                Sandbox(workers=1, allow_weak=allow_weak, unsafe=unsafe).close()
+            except SandboxUnavailable as error:
+                raise ConfigError(f"reward.{part.name}", str(error), "docs/sandbox.md says what each level needs") from error
+
+
 def anchor_paths(checked: Plan) -> None:
     """Write absolute paths of the user's files into the configuration, so that a run can be gone on with from anywhere."""
     algo = checked.config.algo

@@ -83,8 +83,17 @@ def _mapping(value: Any, key: str, example: str) -> dict[str, Any]:
 
 
 def combine(scores: Mapping[str, Score], weights: Mapping[str, float]) -> float:
-    """Σ weight · score. NaN if a part that counts (weight ≠ 0) is unscored."""
-    return math.fsum(weight * scores[name].value for name, weight in weights.items() if weight != 0)
+    """Σ weight · score. NaN if a part that counts (weight ≠ 0) is unscored.
+
+    Rounded to 12 significant digits of its largest term: 0.1 · 1 + 1 · 0.2 is 0.30000000000000004 in floats, and a group that holds it
+    beside 0.3 must count as a group of equal rewards, not be blown up to advantages of size one. A float holds 15 to 17 digits.
+    """
+    terms = [weight * scores[name].value for name, weight in weights.items() if weight != 0]
+    total = math.fsum(terms)
+    largest = max(map(abs, terms), default=0.0)
+    if largest == 0 or not math.isfinite(total):
+        return total
+    return round(total, 11 - math.floor(math.log10(largest))) + 0.0  # + 0.0: a sum of −0.0 is 0.0
 
 
 def call(function: Callable[..., Any], completion: Completion, problem: Problem) -> Score:

@@ -130,9 +130,10 @@ def test_there_are_enough_problems(kind: str) -> None:
 @pytest.mark.parametrize("entry", entries("stdin"))
 def test_scripts(strict: CodeReward, entry: dict[str, Any]) -> None:
     tests = column_of("stdin", entry)
-    assert score(strict, entry["answer"], tests) == Score(
-        value=1.0, detail=f"passed: {len(entry['cases'])} of {len(entry['cases'])} cases passed"
-    )
+    result = score(strict, entry["answer"], tests)
+    assert (result.value, result.outcome) == (1.0, Outcome.ok)
+    assert result.detail == f"passed: {len(entry['cases'])} of {len(entry['cases'])} cases passed"
+    assert result.tags == ("passed", f"sandbox:{strict.box.level}"), "counted in the metrics: the verdict, and how it was confined"
     wrong = score(strict, entry["wrong"], tests)
     assert wrong.value == 0 and wrong.outcome is Outcome.ok and wrong.detail.startswith(("wrong_answer: ", "runtime_error: ")), wrong
 
@@ -221,7 +222,7 @@ def test_a_program_without_the_function(strict: CodeReward, tests: dict[str, Any
 @pytest.mark.parametrize("tests", [STDIN, CALLS, ASSERTS], ids=["stdin", "call", "asserts"])
 def test_no_program(strict: CodeReward, tests: dict[str, Any]) -> None:
     result = strict(completion("I would rather not."), problem(tests))
-    assert result == Score(value=0.0, outcome=Outcome.wrong_format, detail="no_code: 0 of 2 cases passed")
+    assert (result.value, result.outcome, result.detail) == (0.0, Outcome.wrong_format, "no_code: 0 of 2 cases passed")
 
 
 @pytest.mark.parametrize("tests", [STDIN, CALLS, ASSERTS], ids=["stdin", "call", "asserts"])

@@ -174,8 +174,13 @@ class CodeReward:
             value=share if self._credit is Credit.share else float(share == 1),
             outcome=_OUTCOMES.get(judgement.verdict, Outcome.ok),
             detail=judgement.describe(),
-            tags=(str(judgement.verdict), *(("forgeable",) if judgement.forgeable else ())),
+            tags=(str(judgement.verdict), *(("forgeable",) if judgement.forgeable else ()), *self._level()),
         )
+
+    def _level(self) -> tuple[str, ...]:
+        """How well what ran was confined, beside every score that came of it."""
+        level = getattr(self._box, "level", None)
+        return (f"sandbox:{level}",) if level else ()
 
 
 def num_cases(tests: Tests) -> int:
