@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -40,6 +40,9 @@ from grpo.run import RunFolder
 from grpo.trainer import Settings, Trainer
 from grpo.types import Group, Problem, Sampling
 
+if TYPE_CHECKING:
+    from grpo.distributed import DistributedPolicy
+
 EVAL_SEED = 20_250_122  # evaluations draw the same randomness in every run, so that two runs differ by their models alone
 
 
@@ -63,6 +66,14 @@ def machine(config: Config) -> Machine:
     gpus = config.rollout.num_engines * config.rollout.gpus_per_engine
     if gpus > torch.cuda.device_count() and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError("rollout.gpus_per_engine", f"asks for {gpus} GPUs, but torch sees {torch.cuda.device_count()}", "lower it")
+    ranks = config.trainer.ranks
+    if ranks > 1 and device.startswith("cuda"):
+        if ":" in device:
+            raise ConfigError("trainer.device", f"is {device!r}, but trainer.ranks={ranks} takes {ranks} GPUs", "set it to cuda")
+        if gpus + ranks > torch.cuda.device_count() and not os.environ.get("RAY_ADDRESS"):
+            there = torch.cuda.device_count()
+            asked = f"is {ranks}: with the engines' {gpus} that is {gpus + ranks} GPUs, and torch sees {there}"
+            raise ConfigError("trainer.ranks", asked, "lower it")
     wanted = config.model.precision
     fast_bf16 = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     bf16 = wanted is Precision.bf16 or (wanted is Precision.auto and fast_bf16)
@@ -106,13 +117,11 @@ def make_engine(config: Config, folder: str, tokenizer: Any, where: Machine, sta
 
         hf_args = {"dtype": where.dtype_name, "device": where.device, "trust_remote_code": model.trust_remote_code, **rollout.engine_args}
         return stack.enter_context(_closing(HFEngine(folder, tokenizer=tokenizer, revision=model.revision, **hf_args)))
-    from grpo.rollouts.pool import EnginePool, start_ray, stop_ray
+    from grpo.rollouts.pool import EnginePool
     from grpo.rollouts.vllm import VLLMEngine
 
-    cpus = rollout.cpus_per_engine or max(1, where.cores // rollout.num_engines)
-    start_ray(num_cpus=max(where.cores, cpus * rollout.num_engines), num_gpus=rollout.gpus_per_engine * rollout.num_engines)
-    stack.callback(stop_ray)
-    stop.take()
+    cpus = cpus_per_engine(config, where)
+    need_ray(config, where, stack, stop)
     pool = EnginePool(
         num_engines=rollout.num_engines,
         cpus_per_engine=cpus,
@@ -140,15 +149,53 @@ def _closing(thing: Any) -> Iterator[Any]:
         thing.close()
 
 
-def make_policy(config: Config, folder: str, tokenizer: Any, where: Machine) -> HFPolicy:
-    import torch
-    from transformers import AutoModelForCausalLM
+def cpus_per_engine(config: Config, where: Machine) -> int:
+    return config.rollout.cpus_per_engine or max(1, where.cores // config.rollout.num_engines)
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code, **config.model.args
-    )
+
+def cpus_per_rank(config: Config, where: Machine) -> int:
+    return max(1, where.cores // config.trainer.ranks)
+
+
+def need_ray(config: Config, where: Machine, stack: ExitStack, stop: StopSignal) -> None:
+    """Start Ray, unless it is running, with room for engines and ranks; ``stack`` stops it. They take turns, so both may have all cores."""
+    import ray
+
+    from grpo.rollouts.pool import start_ray, stop_ray
+
+    if ray.is_initialized():
+        return
+    rollout, ranks = config.rollout, config.trainer.ranks
+    cpus = rollout.num_engines * cpus_per_engine(config, where) + (ranks * cpus_per_rank(config, where) if ranks > 1 else 0)
+    gpus = rollout.num_engines * rollout.gpus_per_engine + (ranks if ranks > 1 and where.device == "cuda" else 0)
+    start_ray(num_cpus=max(where.cores, cpus), num_gpus=gpus)
+    stack.callback(stop_ray)
+    stop.take()
+
+
+def load_model(folder: str, config: Config, *, empty: bool = False) -> Any:
+    """The policy's model in fp32. ``empty``: on the meta device, for the ranks that are sent its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    if empty:
+        architecture = AutoConfig.from_pretrained(folder, **common, **config.model.args)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, trust_remote_code=config.model.trust_remote_code)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **common, **config.model.args)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    return model
+
+
+def make_policy(
+    config: Config, folder: str, tokenizer: Any, where: Machine, stack: ExitStack, stop: StopSignal
+) -> HFPolicy | DistributedPolicy:
+    """One process or ``trainer.ranks`` of them; ``stack`` ends those."""
+    import torch
+
     o = config.optim
     optim = OptimSettings(
         name=o.name,
@@ -162,16 +209,28 @@ def make_policy(config: Config, folder: str, tokenizer: Any, where: Machine) -> 
         eps=o.eps,
         max_grad_norm=o.max_grad_norm,
     )
-    return HFPolicy(
-        model,
-        optim,
-        dtype=getattr(torch, where.dtype_name),
+    common: dict[str, Any] = {
+        "temperature": config.rollout.temperature,
+        "layout": config.trainer.layout.value,
+        "tokens_per_microbatch": config.trainer.tokens_per_microbatch,
+    }
+    if config.trainer.ranks == 1:
+        dtype = getattr(torch, where.dtype_name)
+        return HFPolicy(load_model(folder, config), optim, dtype=dtype, device=where.device, tokenizer=tokenizer, **common)
+    from grpo.distributed import DistributedPolicy
+    from grpo.ranks import Ranks
+    from grpo.sharded import RankSettings
+
+    need_ray(config, where, stack, stop)
+    ranks = stack.enter_context(_closing(Ranks(config.trainer.ranks, cpus_per_rank=cpus_per_rank(config, where), device=where.device)))
+    settings = RankSettings(
+        optim=optim,
+        dtype_name=where.dtype_name,
         device=where.device,
-        temperature=config.rollout.temperature,
-        layout=config.trainer.layout.value,
-        tokens_per_microbatch=config.trainer.tokens_per_microbatch,
-        tokenizer=tokenizer,
+        shard_gradients=config.trainer.shard_gradients,
+        **common,
     )
+    return DistributedPolicy(ranks, partial(load_model, folder, config), settings, tokenizer=tokenizer)
 
 
 def make_runtime(checked: Plan) -> AbstractContextManager[Scorer]:
@@ -180,7 +239,7 @@ def make_runtime(checked: Plan) -> AbstractContextManager[Scorer]:
     return scoring_runtime(checked.rewards, num_workers=s.workers, cpu_s=s.cpu_s, memory_mb=s.memory_mb)
 
 
-def make_learner(checked: Plan, policy: HFPolicy) -> Learner:
+def make_learner(checked: Plan, policy: HFPolicy | DistributedPolicy) -> Learner:
     config = checked.config
     return Learner(
         policy=policy,
@@ -304,7 +363,7 @@ def assemble(
     engine = make_engine(config, folder, tokenizer, where, stack, stop)
     runtime = stack.enter_context(make_runtime(checked))
     logger.phase("loading the policy")
-    policy = make_policy(config, folder, tokenizer, where)
+    policy = make_policy(config, folder, tokenizer, where, stack, stop)
     encode = encoder(tokenizer, config.data.chat)
 
     def collector(sampling: Sampling, samples: int, seed: int, name: str) -> Collector:
@@ -370,13 +429,16 @@ def retrain(config: Config, run: RunFolder, step: int) -> tuple[dict[str, float]
     groups = groups_of(run.read_rollouts(step))
     checked = plan(config)
     folder = resolve_model(config.model.path, config.model.cache_dir, config.model.revision)
-    learner = make_learner(checked, make_policy(config, folder, make_tokenizer(folder, config), machine(config)))
-    if step > 1:
-        state = checkpoint.load(run, step - 1)
-        learner.policy.load_state(state["policy"])
-        learner.load_state(state["learner"])
+    with StopSignal() as stop, ExitStack() as stack:
+        policy = make_policy(config, folder, make_tokenizer(folder, config), machine(config), stack, stop)
+        learner = make_learner(checked, policy)
+        if step > 1:
+            state = checkpoint.load(run, step - 1)
+            policy.load_state(state["policy"])
+            learner.load_state(state["learner"])
+        now = learner.learn(groups)[1]
     then = next((row for row in run.read_metrics() if row["step"] == step and "policy/loss" in row), {})
-    return then, learner.learn(groups)[1]
+    return then, now
 
 
 def evaluate(config: Config, folder: str, samples: int | None = None) -> tuple[dict[str, float], tuple[Group, ...]]:

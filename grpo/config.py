@@ -181,6 +181,8 @@ class TrainerConfig:
     layout: Layout = doc("how rollouts are laid out for the model: shared_prompt computes a prompt once a group; packed, padded", Layout.shared_prompt)
     tokens_per_microbatch: int = doc("token budget of one forward and backward pass", 4096)
     device: str = doc("cpu, cuda, or auto", "auto")
+    ranks: int = doc("processes that train, each with a shard of the model (FSDP2) and, on cuda, a GPU; 1: this process", 1)
+    shard_gradients: bool = doc("with several ranks: add gradients up after every micro-batch; less memory, more traffic", False)
 
 
 @dataclass
@@ -320,6 +322,13 @@ def validate(config: Config) -> None:
     )
     check(c.algo.entropy_coef >= 0, "algo.entropy_coef", "a bonus is not negative", "0 is off")
     check(c.algo.reference_refresh >= 0, "algo.reference_refresh", "it counts optimiser updates", "0 is never")
+    check(c.trainer.ranks >= 1, "trainer.ranks", "it counts processes", "1 trains in this process")
+    check(
+        c.trainer.ranks > 1 or not c.trainer.shard_gradients,
+        "trainer.shard_gradients",
+        "one rank has all of every gradient",
+        "set it to false, or raise trainer.ranks",
+    )
     check(c.trainer.tokens_per_microbatch >= 1, "trainer.tokens_per_microbatch", "it counts tokens", "4096 is usual")
     check(c.eval.every >= 0, "eval.every", "it counts steps", "0 evaluates only at the start and the end")
     check(c.eval.problems >= 0, "eval.problems", "it counts problems", "0 is no evaluation")

@@ -174,7 +174,8 @@ class Ranks:
             if dead or not silent or not lost or time.monotonic() > deadline:
                 break
             ray.wait([refs[rank] for rank in silent], num_returns=1, timeout=0.2)
-        rank, error = (dead[0], errors[dead[0]]) if dead else min(errors.items())
+        rank = min(errors, key=lambda rank: (rank not in dead, _of_connection(errors[rank]), rank))  # causes before consequences
+        error = errors[rank]
         says = str(getattr(error, "cause", None) or error).strip()
         what = f"rank {rank} of {self.num_ranks} {'died' if dead else 'failed'} in {doing!r}: {says}"
         if not dead and silent and lost:
@@ -267,6 +268,7 @@ class RankActor:
         return host, self._store.port
 
     def join(self, rank: int, num_ranks: int, meeting_point: tuple[str, int], device: str) -> None:
+        """Wait there for the others."""
         if self._store is None:
             self._store = dist.TCPStore(*meeting_point, is_master=False, timeout=self._timeout)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"

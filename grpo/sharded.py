@@ -51,7 +51,6 @@ class RankSettings:
     temperature: float = 1.0
     layout: LayoutName = "shared_prompt"
     tokens_per_microbatch: int = 4096
-    logprob_chunk: int = 32
     shard_gradients: bool = False
 
     @property
@@ -79,9 +78,9 @@ class Scorer(nn.Module):
     the backward pass. They cannot be sharded apart, since the embedding of many models is their head.
     """
 
-    def __init__(self, model: Any, temperature: float, chunk: int) -> None:
+    def __init__(self, model: Any, temperature: float) -> None:
         super().__init__()
-        self.model, self.temperature, self.chunk = model, temperature, chunk
+        self.model, self.temperature = model, temperature
 
     def forward(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of ``inputs.targets``: a plain tuple, the only thing in which FSDP finds tensors that need gradients."""
@@ -89,7 +88,7 @@ class Scorer(nn.Module):
             input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **inputs.attention
         ).last_hidden_state
         head = self.model.get_output_embeddings()
-        return head_logprobs(head, hidden.flatten(0, 1)[inputs.gather], inputs.targets, self.temperature, self.chunk)
+        return head_logprobs(head, hidden.flatten(0, 1)[inputs.gather], inputs.targets, self.temperature)
 
 
 class ShardedPolicy:
@@ -111,7 +110,7 @@ class ShardedPolicy:
         for parameter in self.model.parameters():  # parameters only: rotary frequencies and other buffers keep their precision
             parameter.data = parameter.data.to(settings.master_dtype)
         model_support.without_noise(self.model)
-        self.scorer = Scorer(self.model, settings.temperature, settings.logprob_chunk)
+        self.scorer = Scorer(self.model, settings.temperature)
         shard(self.scorer, self.mesh, settings)
         source = make_model(empty=False) if self.is_first else None
         fill(self.model, source, self.device)
@@ -312,7 +311,7 @@ class ShardedPolicy:
 
 
 def shard(scorer: Scorer, mesh: DeviceMesh, settings: RankSettings) -> None:
-    """Hand every decoder layer, and then the rest, to FSDP2."""
+    """Hand every decoder layer (what transformers says must not be split), and then all the rest, to FSDP2."""
     computing = settings.dtype if settings.dtype is not settings.master_dtype else None
     precision = MixedPrecisionPolicy(param_dtype=computing, reduce_dtype=settings.master_dtype)
     layers = set(scorer.model._no_split_modules or ())

@@ -7,6 +7,7 @@ import random
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -501,13 +502,14 @@ def test_without_noise_two_passes_in_training_mode_are_equal() -> None:
 def test_the_composition_root_falls_back_too(tmp_path: Path) -> None:
     from grpo.build import Machine, make_policy
     from grpo.config import Config
+    from grpo.interrupt import StopSignal
 
     shape = {"sliding_window": 4}
     toy("Mistral", **shape).save_pretrained(tmp_path)
     config = Config()
     config.rollout.temperature = TEMPERATURE
     batch = make_batch()
-    with pytest.warns(UserWarning, match="padded"):
-        policy = make_policy(config, str(tmp_path), None, Machine(device="cpu", dtype_name="float32", cores=1))
+    with pytest.warns(UserWarning, match="padded"), ExitStack() as stack:
+        policy = make_policy(config, str(tmp_path), None, Machine(device="cpu", dtype_name="float32", cores=1), stack, StopSignal())
         scores = policy.score(batch)
     torch.testing.assert_close(scores.logprobs, oracle(toy("Mistral", **shape), batch)[0], rtol=1e-5, atol=1e-5)

@@ -378,3 +378,15 @@ def test_a_run_stops_when_its_graders_fail_and_keeps_what_they_said(recipe: str)
         run_recipe(recipe, "run.name=failing", "eval.problems=0")
     run = RunFolder.open(Path(recipe).parent / "runs" / "digits" / "failing")
     assert all("KeyError: 'anser'" in row["detail/digits"] for row in run.read_rollouts(1).to_pylist())
+
+
+@pytest.mark.slow
+def test_two_ranks_follow_the_run_of_one(recipe: str) -> None:
+    """The same recipe through FSDP2: the same groups are drawn, and every number of the updates is the same up to rounding."""
+    overrides = ("run.steps=2", "optim.updates_per_step=2", "eval.problems=0")
+    one = run_recipe(recipe, "run.name=one", *overrides).read_metrics()
+    two = run_recipe(recipe, "run.name=two", "trainer.ranks=2", *overrides).read_metrics()
+    for a, b in zip(one, two, strict=True):
+        for name in ("policy/loss", "policy/grad_norm", "policy/entropy", "policy/ratio_max", "reward/mean", "sampler/logprob_diff"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+        assert a["policy/trained_rollouts"] == b["policy/trained_rollouts"]
