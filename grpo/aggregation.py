@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from grpo.batch import Batch
-from grpo.notation import written
+from grpo.notation import checked, whole, written
 
 Tokens = Float[Tensor, " tokens"]
 Scalar = Float[Tensor, ""]
@@ -35,6 +35,7 @@ def sequence_sum(values: Tokens, batch: Batch) -> Scalar:
     return values.sum() / max(batch.totals.rollouts, 1)
 
 
+@checked(lambda length: whole("length", length))
 @written(lambda length: f"1/(N·{length:g}) · Σᵢ Σₜ", "Dr. GRPO 2503.20783 §3.2")
 def constant_length(values: Tokens, batch: Batch, *, length: int) -> Scalar:
     """1/(N·L) Σ_i Σ_t with a constant L, usually the token limit: no reward for being short or long (Dr. GRPO)."""

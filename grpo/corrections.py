@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from grpo.notation import written
+from grpo.notation import checked, interval, positive, written
 from grpo.ratios import sequence_mean, sequence_sum
 
 Tokens = Float[Tensor, " tokens"]
+
+_TIS = (
+    "Ionides, Truncated Importance Sampling, JCGS 2008; "
+    "Yao et al. 2025, Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"
+)
+_MISMATCH = "Liu et al. 2025, When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch"
+_ICEPOP = "IcePop, with truncated_importance: Ling team 2025, Small Leak Can Sink a Great Ship; AReaL 2505.24298"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +50,15 @@ class Correction:
     active: Bool[Tensor, " tokens"]
 
 
-@written(lambda cap: f"min( π_prox(oₜ)/π_behav(oₜ), {cap:g} )", "truncated importance sampling, Ionides 2008; Yao et al. 2025")
+@checked(lambda cap: positive("cap", cap))
+@written(lambda cap: f"min( π_prox(oₜ)/π_behav(oₜ), {cap:g} )", f"truncated importance sampling: {_TIS}")
 def truncated_importance(mismatch: Mismatch, *, cap: float = 2.0) -> Correction:
     """w_t = min(π_proximal / π_behavior, cap), a token at a time: truncated importance sampling (TIS)."""
     return _capped(mismatch.log_ratio.exp(), cap)
 
 
-@written(lambda cap: f"min( π_prox(oᵢ)/π_behav(oᵢ), {cap:g} ), one for the whole completion", "sequence-level TIS, Liu et al. 2025")
+@checked(lambda cap: positive("cap", cap))
+@written(lambda cap: f"min( π_prox(oᵢ)/π_behav(oᵢ), {cap:g} ), one for the whole completion", f"sequence-level TIS: {_MISMATCH}")
 def truncated_sequence_importance(mismatch: Mismatch, *, cap: float = 2.0) -> Correction:
     """w_i = min(Π_t π_proximal / π_behavior, cap), one for the whole completion: less biased, with a variance that grows with length."""
     return _capped(sequence_sum(mismatch.log_ratio, mismatch.rollout_index).exp(), cap)
@@ -59,24 +68,31 @@ def _bounds(what: str, low: float, high: float) -> str:
     return f"1 if {low:g} ≤ {what} ≤ {high:g}, else 0"
 
 
-@written(lambda low, high: _bounds("π_prox(oₜ)/π_behav(oₜ)", low, high), "IcePop 2025; AReaL 2505.24298")
+@checked(interval)
+@written(lambda low, high: _bounds("π_prox(oₜ)/π_behav(oₜ)", low, high), _ICEPOP)
 def token_mask(mismatch: Mismatch, *, low: float = 0.5, high: float = 2.0) -> Correction:
     """1 where low ≤ π_proximal / π_behavior ≤ high, else 0. Beside ``truncated_importance`` with a cap of ``high`` it is IcePop."""
     return _within(mismatch.log_ratio.exp(), low, high)
 
 
-@written(lambda low, high: _bounds("π_prox(oᵢ)/π_behav(oᵢ)", low, high), "masked importance sampling, Liu et al. 2025")
+@checked(interval)
+@written(lambda low, high: _bounds("π_prox(oᵢ)/π_behav(oᵢ)", low, high), f"masked importance sampling: {_MISMATCH}")
 def sequence_mask(mismatch: Mismatch, *, low: float = 0.0, high: float = 2.0) -> Correction:
-    """1 for completions with low ≤ Π_t π_proximal / π_behavior ≤ high, else 0. The product drifts with length: short completions only."""
+    """1 for completions with low ≤ Π_t π_proximal / π_behavior ≤ high, else 0.
+
+    The product drifts with length: use it for short completions only.
+    """
     return _within(sequence_sum(mismatch.log_ratio, mismatch.rollout_index).exp(), low, high)
 
 
-@written(lambda low, high: _bounds("(π_prox(oᵢ)/π_behav(oᵢ))^(1/|oᵢ|)", low, high), "geometric mean, length-free: Liu et al. 2025")
+@checked(interval)
+@written(lambda low, high: _bounds("(π_prox(oᵢ)/π_behav(oᵢ))^(1/|oᵢ|)", low, high), f"geometric mean: {_MISMATCH}")
 def geometric_mask(mismatch: Mismatch, *, low: float = 0.99, high: float = 1.01) -> Correction:
     """1 for completions with low ≤ (Π_t π_proximal / π_behavior)^(1/|o|) ≤ high, else 0: a bound on the mean log-ratio at any length."""
     return _within(sequence_mean(mismatch.log_ratio, mismatch.rollout_index).exp(), low, high)
 
 
+@checked(lambda delta: positive("delta", delta))
 @written(lambda delta: f"0 if Aᵢ < 0 and 1/|oᵢ| Σₜ log π_behav(oₜ)/π_θ(oₜ) > {delta:g}, else 1", "DeepSeek-V3.2 2512.02556 Eq. 8–9")
 def off_policy_sequence_mask(mismatch: Mismatch, *, delta: float = 0.1) -> Correction:
     """0 for completions with A < 0 whose mean log π_behavior/π_θ exceeds δ, else 1 (DeepSeek-V3.2 2512.02556 Eq. 8–9).

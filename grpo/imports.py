@@ -114,7 +114,8 @@ def _check_arguments(
     try:
         check(**values)
     except (ValueError, TypeError) as error:
-        raise ConfigError(key, str(error), "correct the argument; docs/rewards.md says what each one means") from error
+        page = "objectives" if key.startswith("algo") else "rewards"
+        raise ConfigError(key, str(error), f"correct the argument; docs/{page}.md says what each one means") from error
 
 
 def _read_source(target: str, key: str) -> str | None:

@@ -27,9 +27,9 @@ def sequence(log_ratio: Tokens, rollout_index: Index) -> Tokens:
     return sequence_mean(log_ratio, rollout_index)
 
 
-@written("sg[(π_θ(oᵢ) / π_{anchor}(oᵢ))^(1/|oᵢ|)] · π_θ(oₜ) / sg[π_θ(oₜ)]", "GSPO-token 2507.18071 Eq. 13")
+@written("sg[(π_θ(oᵢ) / π_{anchor}(oᵢ))^(1/|oᵢ|)] · π_θ(oₜ) / sg[π_θ(oₜ)]", "GSPO-token 2507.18071 §4.3")
 def sequence_token(log_ratio: Tokens, rollout_index: Index) -> Tokens:
-    """The value of ``sequence`` with the gradient of each token alone: GSPO-token (2507.18071 Eq. 13), for advantages per token."""
+    """The value of ``sequence`` with the gradient of each token alone: GSPO-token (2507.18071 §4.3), for advantages per token."""
     return sequence_mean(log_ratio.detach(), rollout_index) + log_ratio - log_ratio.detach()
 
 

@@ -167,7 +167,7 @@ def max_rl(batch: Batch) -> Tensor:
 
 
 def reinforce_pp(batch: Batch) -> Tensor:
-    """REINFORCE++ Eq. 5–7: A_t = r − β Σ_{s≥t} KL_s with k1 of the sampled tokens, normalised over all tokens; PPO's clip."""
+    """REINFORCE++ v1 §3.1, §3.2 and §3.5: A_t = r − β Σ_{s≥t} KL_s with k1 of the samples, normalised over all tokens; PPO's clip."""
     advantage: list[list[float]] = []
     for group in batch:
         for c in group:

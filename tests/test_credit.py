@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -104,6 +105,21 @@ def test_max_rl_is_the_mean_score_of_the_successes_less_the_mean_of_all(wins: li
     assert got.tolist() == pytest.approx(expected)
 
 
-def test_max_rl_refuses_rewards_whose_mean_is_not_positive() -> None:
-    with pytest.raises(ValueError, match=r"one is -0\.5; it is for rewards of 0 or more"):
-        advantages.max_rl(torch.tensor([0.0, -1.0]), torch.tensor([0, 0]))
+@pytest.mark.parametrize("p", [0.02, 0.3, 0.9])
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_max_rl_is_log_p_correct_to_order_g_minus_1(p: float, count: int) -> None:
+    """Its expected gradient over all 2^G outcomes of a Bernoulli policy is w ∇p, w = Σ_{j < G−1} (1 − p)^j; 1/p for ∇log p, 1 for ∇p."""
+    index = torch.zeros(count, dtype=torch.long)
+    weight = 0.0
+    for wins in itertools.product([0, 1], repeat=count):
+        chance = math.prod(p if won else 1 - p for won in wins)
+        scores = torch.tensor([1 / p if won else -1 / (1 - p) for won in wins], dtype=torch.float64)  # d log π(outcome) / dp
+        weight += chance * float((advantages.max_rl(torch.tensor(wins), index) * scores).mean())
+    assert weight == pytest.approx(sum((1 - p) ** j for j in range(count - 1)), rel=1e-12)
+
+
+@pytest.mark.parametrize("rewards", [[0.0, -1.0], [2.0, -1.0], [1.0, 0.0, -0.001, math.nan]])
+def test_max_rl_refuses_a_negative_reward_in_a_group_that_counts(rewards: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"one of the rewards is -(1|0\.001); it is for rewards of 0 or more.*soft_overlong"):
+        advantages.max_rl(torch.tensor(rewards), torch.zeros(len(rewards), dtype=torch.long))
+    assert advantages.max_rl(torch.tensor([-1.0, -1.0]), torch.tensor([0, 0])).tolist() == [0, 0], "equal rewards divide by nothing"

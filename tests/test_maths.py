@@ -18,7 +18,8 @@ from torch import Tensor
 from grpo import advantages, aggregation, corrections, kl, objectives, ratios
 from grpo.batch import Batch, Totals, collate
 from grpo.losses import Loss, Stat, TokenScores, merge
-from grpo.types import Completion, FinishReason, Group, Problem, Rollout
+from grpo.rewards.base import combine
+from grpo.types import Completion, FinishReason, Group, Problem, Rollout, Score
 
 NAN = math.nan
 LENGTH = 7  # of constant_length
@@ -206,6 +207,84 @@ def test_leave_one_out_is_the_difference_to_the_others(rows: list[list[float]]) 
     assert out == pytest.approx(expected, abs=1e-5)
 
 
+decimals = st.integers(-5000, 5000).map(lambda n: n / 1000)  # 0.1 and 0.3 are no floats: sums and shifts round
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@given(st.lists(decimals, min_size=1, max_size=8), st.integers(-(10**5), 10**5).map(lambda n: n / 1000))
+def test_a_shift_by_any_decimal_changes_nothing(advantage: Any, row: list[float], shift: float) -> None:
+    rewards, groups = tensor(*row), groups_of(len(row))
+    torch.testing.assert_close(advantage(rewards + shift, groups), advantage(rewards, groups), **close(1e-9))
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8))
+def test_a_shift_that_rounds_nothing_changes_not_a_bit(advantage: Any, row: list[int]) -> None:
+    """2^52 + 1 is a float, 2^52 + ½ is none: a mean of the rewards themselves would be off by ½."""
+    rewards, groups = tensor(*row), groups_of(len(row))
+    assert advantage(rewards + 2.0**52, groups).tolist() == advantage(rewards, groups).tolist()
+
+
+@given(st.lists(st.tuples(st.integers(-30, 30), st.integers(0, 30)), min_size=1, max_size=5), st.data())
+def test_decimal_parts_that_sum_to_the_same_number_are_equal_rewards(terms: list[tuple[int, int]], data: st.DataObject) -> None:
+    """Σ weight · value, both with one decimal, is Σ w v / 100 exactly: the rest, in one part of weight 0.01, makes it any number wanted."""
+    total = data.draw(st.integers(-900, 900))
+    rest = total - sum(w * v for w, v in terms)
+    scores = {str(k): Score(value=v / 10) for k, (_, v) in enumerate(terms)} | {"rest": Score(value=float(rest))}
+    weights = {str(k): w / 10 for k, (w, _) in enumerate(terms)} | {"rest": 0.01}
+    other = combine({"all": Score(value=total / 10)}, {"all": 0.1})
+    assert combine(scores, weights) == other == total / 100
+    for advantage in ADVANTAGES:
+        assert advantage(tensor(combine(scores, weights), other), groups_of(2)).tolist() == [0, 0]
+
+
+def test_a_sum_keeps_what_its_terms_can_tell_apart() -> None:
+    scores = {"a": Score(value=1.0), "b": Score(value=1e-9), "c": Score(value=1e-170)}
+    assert combine(scores, {"a": 1.0, "b": 1.0}) == 1.000000001
+    assert combine(scores, {"c": 2.0}) == 2e-170
+    assert combine(scores, {"a": 1e200}) == 1e200
+    assert combine({}, {}) == 0
+
+
+@pytest.mark.parametrize("advantage", [*ADVANTAGES, advantages.max_rl])
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 0.3, NAN]), min_size=1, max_size=5), min_size=1, max_size=4))
+def test_a_reward_that_is_nan_leaves_its_group(advantage: Any, rows: list[list[float]]) -> None:
+    rewards, groups = tensor(*[r for row in rows for r in row]), groups_of(*map(len, rows))
+    out, scored = advantage(rewards, groups), ~rewards.isnan()
+    assert not out[~scored].any() and not advantages.has_signal(rewards, groups)[~scored].any()
+    assert out[scored].tolist() == advantage(rewards[scored], groups[scored]).tolist()
+
+
+@pytest.mark.parametrize("advantage", [*ADVANTAGES, advantages.max_rl, advantages.reward_itself])
+def test_whole_numbers_and_float32_are_rewards_too(advantage: Any) -> None:
+    rewards, groups = torch.tensor([3, 0, 1, 1, 1]), groups_of(3, 2)
+    expected = advantage(rewards.double(), groups)
+    assert expected.dtype == torch.float64
+    assert advantage(rewards, groups).tolist() == expected.tolist() == advantage(rewards.float(), groups).tolist()
+
+
+@pytest.mark.parametrize("advantage", [*ADVANTAGES, advantages.max_rl, advantages.reward_itself])
+def test_advantages_stay_on_the_device_of_the_rewards(advantage: Any) -> None:
+    """Without a GPU, a default device that is not the rewards': a tensor made without ``device=`` lands there, and mixing raises."""
+    if not torch.cuda.is_available():
+        with torch.device("meta"):
+            out = advantage(torch.tensor([1.0, 0.0], device="cpu"), torch.tensor([0, 0], device="cpu"))
+        assert out.device.type == "cpu"
+    else:
+        assert advantage(torch.tensor([1.0, 0.0], device="cuda"), torch.tensor([0, 0], device="cuda")).device.type == "cuda"
+
+
+@pytest.mark.parametrize("size", [1e-170, 1.0, 1e200])
+def test_group_norm_has_no_scale(size: float) -> None:
+    """Two different rewards are ±1 whatever they are: (r − m)² of 1e-170 is 0 and of 1e200 is ∞."""
+    assert advantages.group_norm(tensor(0, size, 0, size), groups_of(4)).tolist() == [-1, 1, -1, 1]
+
+
+def test_group_norm_of_the_smallest_difference_is_finite() -> None:
+    low, high = advantages.group_norm(tensor(0, 5e-324), groups_of(2)).tolist()  # half of it, the mean, is no float
+    assert low <= 0 < high < 2
+
+
 # ---------------------------------------------------------------- objectives
 
 
@@ -286,6 +365,52 @@ def test_dppo_masks_only_what_moves_away_and_too_far(objective: Any, delta: floa
     assert gradient.tolist() == pytest.approx([0, -1.6, 0, 1.1, 5])
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        objectives.clipped_surrogate,
+        partial(objectives.clipped_surrogate, dual_clip=3.0),
+        objectives.policy_gradient,
+        objectives.cispo,
+        objectives.sapo,
+        objectives.dppo_tv,
+        objectives.dppo_kl,
+    ],
+)
+def test_a_ratio_beyond_the_floats_gives_finite_values_and_gradients(objective: Any, advantage: float) -> None:
+    """e^200 is ∞ in float32, and 0 · ∞ is NaN: in the gradient of a bound, of a closed gate, and where A is 0."""
+    logprobs = torch.tensor([-1.0, -201.0, -0.5], dtype=torch.float32, requires_grad=True)
+    anchor = torch.tensor([-201.0, -1.0, -0.5])  # log ρ = 200, −200, 0
+    out = objective(logprobs - anchor, torch.full((3,), advantage), logprobs)
+    (gradient,) = torch.autograd.grad(out.values.sum(), logprobs)
+    assert out.values.isfinite().all() and gradient.isfinite().all()
+    assert gradient[2] == pytest.approx(advantage), "ρ = 1 beside them has its gradient, A"
+    if advantage == 0:
+        assert not gradient.any() and not out.values.any()
+    elif objective is objectives.cispo:  # the weight is bounded at 5 and at 0, and never differentiated
+        assert gradient[:2].tolist() == pytest.approx([5 * advantage, 0])
+    else:  # no bound lets a gradient through at e^200, and ρ is 0 at e^−200
+        assert gradient[:2].tolist() == [0, 0]
+
+
+def test_bounds_decide_at_ratios_beyond_the_floats() -> None:
+    far = torch.tensor([200.0, -200.0, 200.0])
+    a = torch.tensor([1.0, -1.0, -1.0])
+    assert objectives.clipped_surrogate(far, a, far, dual_clip=3.0).values.tolist() == pytest.approx([1.2, -0.8, -3])
+    assert objectives.sapo(far[:2], a[:2], far[:2]).values.tolist() == pytest.approx([4, -4 / 1.05 / (1 + math.exp(1.05))])  # σ(∞), σ(−τ)
+    probable, rare = torch.tensor([-1e-6, -200.0]), torch.tensor([-200.0, -1e-6])
+    for masked in (objectives.dppo_tv, objectives.dppo_kl):
+        assert masked(probable - rare, a[:2], probable).clipped.tolist() == [True, True]
+
+
+def test_dppo_kl_takes_an_anchor_that_is_rounded_above_probability_1() -> None:
+    """log π − log ρ is 1e-9 here: log(1 − p) of it is not a number, and a comparison with NaN would never mask."""
+    policy = tensor(-1.0)
+    out = objectives.dppo_kl(tensor(-1.0 - 1e-9), tensor(-1), policy)
+    assert out.clipped.tolist() == [True]  # KL(Bern(1) ‖ Bern(1/e)) = 1 > 0.05, and ρ < 1 with A < 0 moves away
+
+
 def test_a_ratio_of_the_whole_completion_golden() -> None:
     leaf = tensor(4, 1, 2).log().requires_grad_()
     index = torch.tensor([0, 0, 1])
@@ -297,7 +422,7 @@ def test_a_ratio_of_the_whole_completion_golden() -> None:
     assert torch.autograd.grad(by_token[0], leaf)[0].tolist() == pytest.approx([2, 0, 0])
 
 
-# ---------------------------------------------------------------- corrections and KL
+# ---------------------------------------------------------------- corrections
 
 
 def test_truncated_importance_golden() -> None:
@@ -335,41 +460,6 @@ def test_off_policy_sequence_mask_golden() -> None:
     assert weights_of(corrections.off_policy_sequence_mask, ratios, [-1, -1, 1, 1], delta=0.3) == ([0, 0, 1, 1], [True, True, False, False])
     assert weights_of(corrections.off_policy_sequence_mask, ratios, [-1, -1, -1, -1], delta=0.35)[0] == [1, 1, 1, 1]
     assert weights_of(corrections.off_policy_sequence_mask, [2.0, 2.0, 2.0, 2.0], [-1, -1, -1, -1], delta=0.1)[0] == [1, 1, 1, 1]
-
-
-def test_kl_golden() -> None:
-    log_ratio = tensor(math.log(2), 0, -math.log(2))
-    k3 = [1 / 2 + math.log(2) - 1, 0, 2 - math.log(2) - 1]
-    assert kl.k1(log_ratio, torch.zeros(3, dtype=torch.float64)).tolist() == pytest.approx([math.log(2), 0, -math.log(2)])
-    assert kl.k2(log_ratio, torch.zeros(3, dtype=torch.float64)).tolist() == pytest.approx([math.log(2) ** 2 / 2, 0, math.log(2) ** 2 / 2])
-    assert kl.k3(log_ratio, torch.zeros(3, dtype=torch.float64)).tolist() == pytest.approx(k3)
-    assert kl.unbiased(log_ratio, tensor(math.log(3), 0, math.log(2))).tolist() == pytest.approx([3 * k3[0], 0, 2 * k3[2]])
-
-
-@given(st.floats(-20, 20))
-def test_k3_is_never_negative(log_ratio: float) -> None:
-    assert float(kl.k3(tensor(log_ratio), tensor(0))) >= 0
-
-
-@given(st.lists(st.floats(-2, 2), min_size=2, max_size=6), st.integers(0, 1000))
-def test_kl_estimators_have_the_values_and_gradients_their_docstrings_claim(logits: list[float], seed: int) -> None:
-    """Expectation over the policy, exactly, by a sum over the vocabulary; sampled tokens carry no gradient of their own."""
-    theta = tensor(*logits).requires_grad_()
-    log_q = torch.randn(len(logits), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
-    log_p = theta.log_softmax(-1)
-    exact, reverse = (log_p.exp() * (log_p - log_q)).sum(), (log_q.exp() * (log_q - log_p)).sum()
-
-    def expected(estimator: Any) -> tuple[float, Tensor]:
-        value = (log_p.detach().exp() * estimator(log_p - log_q, log_p - log_p.detach())).sum()
-        return float(value.detach()), torch.autograd.grad(value, theta, retain_graph=True)[0]
-
-    (v1, g1), (_, g2), (v3, g3), (v4, g4) = expected(kl.k1), expected(kl.k2), expected(kl.k3), expected(kl.unbiased)
-    assert v1 == pytest.approx(float(exact.detach()), abs=1e-12) and v3 == pytest.approx(float(exact.detach()), abs=1e-12)
-    torch.testing.assert_close(g1, torch.zeros_like(theta), **close(1e-12))
-    torch.testing.assert_close(g2, torch.autograd.grad(exact, theta, retain_graph=True)[0], **close(1e-12))
-    assert v4 == pytest.approx(float(exact.detach()), abs=1e-12)
-    torch.testing.assert_close(g4, torch.autograd.grad(exact, theta, retain_graph=True)[0], **close(1e-12))
-    torch.testing.assert_close(g3, torch.autograd.grad(reverse, theta, retain_graph=True)[0], **close(1e-12))
 
 
 # ---------------------------------------------------------------- aggregation

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grpo.batch import Batch, collate
+from grpo.config import ConfigError
 from grpo.credit import Credit
 from grpo.losses import Loss, TokenScores
 from grpo.plan import plan
@@ -69,6 +70,8 @@ class Case:
             columns = [[float(x[t]) for t in mine] for x in (b.proximal_logprobs, b.behavior_logprobs, b.reference_logprobs)]
             made.setdefault(g, []).append(papers.Completion(float(b.rewards[i]), [leaf[t] for t in mine], *columns))
         value = papers.PAPERS[name](list(made.values()))
+        if not value.requires_grad:  # every token is at its bound, a constant
+            return value, torch.zeros_like(leaf)
         return value.detach(), torch.autograd.grad(value, leaf, materialize_grads=True, allow_unused=True)[0]
 
 
@@ -108,9 +111,7 @@ def cases(draw: st.DrawFn) -> Case:
     proximal = behavior + normal(wide)
     policy = torch.minimum(proximal + normal(wide), torch.tensor(-1e-3, dtype=torch.float64))
     reference = behavior + normal(0.5)
-    return Case(
-        batch=replace(batch, behavior_logprobs=behavior, proximal_logprobs=proximal, reference_logprobs=reference), policy=policy
-    )
+    return Case(batch=replace(batch, behavior_logprobs=behavior, proximal_logprobs=proximal, reference_logprobs=reference), policy=policy)
 
 
 def test_every_preset_has_a_paper() -> None:
@@ -170,3 +171,64 @@ def test_a_group_of_one_teaches_nothing(name: str) -> None:
     rewards, index = torch.tensor([0.7, 1.0, 0.0]), torch.tensor([0, 1, 1])
     advantage = preset(name)[0].advantage(rewards, index)
     assert float(advantage[0]) == 0.0 and float(advantage[1]) > 0 > float(advantage[2])
+
+
+# ---------------------------------------------------------------- values that the formulas are not for
+
+CLIP = "grpo.objectives.clipped_surrogate"
+
+
+def refused(key: str, function: str, arguments: str, message: str) -> object:
+    return pytest.param(key, f"{{fn: {function}, {arguments}}}", message, id=f"{function.rpartition('.')[2]} {arguments}")
+
+
+@pytest.mark.parametrize(
+    ("key", "node", "message"),
+    [
+        refused("objective", CLIP, "clip_low: -0.1", "clip_low is -0.1; it must be a finite number of 0 or more"),
+        refused("objective", CLIP, "clip_high: -1", "clip_high is -1; it must be a finite number of 0 or more"),
+        refused("objective", CLIP, "clip_high: inf", "clip_high is inf; it must be a finite number"),
+        refused("objective", CLIP, "clip_high: nan", "clip_high is nan; it must be a finite number"),
+        refused("objective", CLIP, "clip_high: high", "clip_high is 'high'; it must be a finite number"),
+        refused("objective", CLIP, "clip_high: true", "clip_high is True; it must be a finite number"),
+        refused("objective", CLIP, "dual_clip: 1", "dual_clip is 1; it must be a finite number above 1, or null for none"),
+        refused("objective", CLIP, "dual_clip: 0", "dual_clip is 0; it must be a finite number above 1"),
+        refused("objective", "grpo.objectives.cispo", "clip_high: -0.5", "clip_high is -0.5; it must be a finite number of 0 or more"),
+        refused("objective", "grpo.objectives.cispo", "clip_low: -0.5", "clip_low is -0.5; it must be a finite number of 0 or more"),
+        refused("objective", "grpo.objectives.sapo", "tau_positive: 0", "tau_positive is 0; it must be a finite number above 0"),
+        refused("objective", "grpo.objectives.sapo", "tau_negative: -1", "tau_negative is -1; it must be a finite number above 0"),
+        refused("objective", "grpo.objectives.dppo_tv", "delta: 0", "delta is 0; it must be a finite number above 0"),
+        refused("objective", "grpo.objectives.dppo_kl", "delta: -0.1", "delta is -0.1; it must be a finite number above 0"),
+        refused("correction.c", "grpo.corrections.truncated_importance", "cap: 0", "cap is 0; it must be a finite number above 0"),
+        refused("correction.c", "grpo.corrections.truncated_importance", "cap: inf", "cap is inf; it must be a finite number above 0"),
+        refused(
+            "correction.c", "grpo.corrections.truncated_sequence_importance", "cap: -2", "cap is -2; it must be a finite number above 0"
+        ),
+        refused("correction.c", "grpo.corrections.token_mask", "low: -0.5", "low is -0.5; it must be a finite number of 0 or more"),
+        refused("correction.c", "grpo.corrections.token_mask", "high: 0.5", "high is 0.5 and low is 0.5; high must be a number above low"),
+        refused("correction.c", "grpo.corrections.sequence_mask", "high: 0", "high is 0 and low is 0.0; high must be a number above low"),
+        refused(
+            "correction.c", "grpo.corrections.geometric_mask", "low: 1.5", "high is 1.01 and low is 1.5; high must be a number above low"
+        ),
+        refused("correction.c", "grpo.corrections.off_policy_sequence_mask", "delta: 0", "delta is 0; it must be a finite number above 0"),
+        refused("aggregation", "grpo.aggregation.constant_length", "length: 0", "length is 0; it must be a whole number of at least 1"),
+        refused("aggregation", "grpo.aggregation.constant_length", "length: 7.5", "length is 7.5; it must be a whole number of at least 1"),
+    ],
+)
+def test_a_value_outside_its_range_is_refused_by_its_key(key: str, node: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan(load_recipe("r1_zero_arithmetic", f"algo.{key}={node}"))
+    assert error.value.key == f"algo.{key}" and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"algo.objective={{fn: {CLIP}, clip_low: 0.0, clip_high: 0.0, dual_clip: 1.5}}",
+        f"algo.objective={{fn: {CLIP}, clip_low: 10.0, clip_high: 10.0}}",  # DeepSeek-R1's own
+        "algo.objective={fn: grpo.objectives.cispo, clip_low: null, clip_high: 0.28}",
+        "algo.correction.c={fn: grpo.corrections.token_mask, low: 0.0, high: inf}",
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed(override: str) -> None:
+    assert plan(load_recipe("r1_zero_arithmetic", override)).loss() is not None
