@@ -14,6 +14,7 @@ from grpo.rewards.sandbox.wire import Job, Stopped
 
 _CLOCKS_EVERY_S = 0.25
 _PAUSE_S = 1.0  # wall time this far beyond what was waited for: the machine or this process stood still, and that does not count
+_FEW_THREADS = 8
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.005, 0.05  # at files and threads, where the kernel does not limit them
 _NUM_CPUS = os.cpu_count() or 1
 
@@ -106,7 +107,8 @@ class Watch:
                     os.waitpid(pid, 0)
                     raise OwnerGone
                 return stopped
-            look_s = min(look_s * 2, _LAST_LOOK_S if self._looks else _CLOCKS_EVERY_S)
+            many = self._looks and _more_threads_than(pid, _FEW_THREADS)  # on its way to the limit: keep looking
+            look_s = _FIRST_LOOK_S if many else min(look_s * 2, _LAST_LOOK_S if self._looks else _CLOCKS_EVERY_S)
 
     def _verdict(self, pid: int, job: Job, cpu_s: float, wall_s: float) -> Stopped:
         if cpu_s >= job.cpu_s:
@@ -115,13 +117,13 @@ class Watch:
             return Stopped.wall
         if self._looks and self._scratch.over(job.files, pid):
             return Stopped.files
-        if self._looks and _too_many_threads(pid):
+        if self._looks and _more_threads_than(pid, MAX_THREADS):
             return Stopped.threads
         return Stopped.no
 
 
-def _too_many_threads(pid: int) -> bool:
+def _more_threads_than(pid: int, limit: int) -> bool:
     try:
-        return num_threads(pid) > MAX_THREADS
+        return num_threads(pid) > limit
     except OSError:
         return False  # it has just ended

@@ -472,15 +472,15 @@ LEAKY = [
 def run_many(level: str, folder: Path, count: int) -> None:
     with Sandbox(workers=1, level=level) as box:  # what a first use imports and opens is no leak
         box.run("print(1)")
-    before = state()
+    before, others = state(), descendants(os.getpid())  # of other tests: math_equal keeps workers, say
     with Sandbox(workers=2, level=level) as box, ThreadPoolExecutor(2) as threads:
-        mine = descendants(os.getpid())
+        mine = descendants(os.getpid()) - others
         for source, run in zip(LEAKY * count, threads.map(lambda source: box.run(source, b"7\n"), LEAKY * count), strict=True):
             if source is LEAKY[-2]:
                 assert run.stdout == b"[]\n"
             if source is SQUARE:
                 assert run.stdout == b"49\n"
-        mine |= descendants(os.getpid())
+        mine |= descendants(os.getpid()) - others
     assert wait_for(lambda: not alive(mine))
     assert list(folder.iterdir()) == []
     assert state() == before
