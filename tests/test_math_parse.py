@@ -160,6 +160,15 @@ def test_token_soup_gets_a_verdict_and_only_our_errors(text: str) -> None:
     assert time.process_time() - started < 2.0
 
 
+@pytest.mark.parametrize("text", ["i<n", "n>i", "i+1<2", "1<i", "x+i<3"])
+def test_an_inequality_of_complex_numbers_means_nothing(text: str) -> None:
+    for answer in (text + "+1", "17", "x<3"):
+        try:
+            assert equal(text, answer) is False
+        except NotUnderstood:
+            pass
+
+
 @given(st.text(max_size=60))
 @settings(max_examples=200, deadline=None)
 def test_any_unicode_gets_a_verdict(text: str) -> None:

@@ -14,7 +14,7 @@ from mpmath.ctx_mp import MPContext  # type: ignore[import-untyped]
 
 from grpo.rewards.math import syntax as s
 from grpo.rewards.math.evaluate import Evaluator, Undefined, Value
-from grpo.rewards.math.limits import MAX_PRECISION
+from grpo.rewards.math.limits import MAX_PRECISION, NotUnderstood
 
 _FIRST_PRECISION = 320  # bits
 _SPARE = 200
@@ -69,7 +69,9 @@ def proportional(left: s.Node, right: s.Node, positive: bool = False) -> bool | 
             return False
         if a == 0:
             continue
-        if positive and (a > 0) != (b > 0):
+        if positive and (a.imag or b.imag):
+            raise NotUnderstood("an inequality between numbers that are not real")
+        if positive and (a.real > 0) != (b.real > 0):
             return False
         if first is None:
             first = values

@@ -169,7 +169,10 @@ class _Reader:
 
     def _value(self, node: s.Node, at: Fraction | None) -> Value:
         evaluate = Evaluator(self._context, {} if at is None else {self._variable: at})
-        return evaluate.inexact(evaluate(node))
+        value = evaluate.inexact(evaluate(node))
+        if isinstance(value, self._context.mpc):
+            raise NotUnderstood("a number that is not real has no place on the line")
+        return value
 
     def _point(self, node: s.Node) -> Piece:
         value = self._value(node, None)
