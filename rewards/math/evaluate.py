@@ -27,6 +27,14 @@ class Undefined(ValueError):
     """The expression has no (real) value at this point."""
 
 
+def _may_cancel(node: s.Node) -> bool:
+    """Whether the size of a value may be that of a rounding error: √2 − √2, sin π, and their multiples.
+
+    Where it is not, the sizes of what the value is made of say as much: a sine is small where its argument is, a product by its factors.
+    """
+    return isinstance(node, s.Sum | s.Product) or (isinstance(node, s.Call) and node.name in ("sin", "cos", "tan", "cot"))
+
+
 class Evaluator:
     """Evaluates expressions at one point with one precision.
 
@@ -61,7 +69,7 @@ class Evaluator:
                 raise TooLarge("a number of too many digits")
             self._steps += bits * bits / 2**23  # what arithmetic with it costs
             self.weight += bits
-        elif value and type(node) is not s.Sum:  # a sum that cancels to its rounding error has no size of its own
+        elif value and not _may_cancel(node):
             self.weight += abs(int(self.context.mag(value)))
             if self.weight > 64 * MAX_LOG2:
                 raise TooLarge("numbers of too large exponents")
