@@ -16,7 +16,8 @@ from grpo.losses import Loss, TokenScores
 from grpo.models import check_model
 from grpo.objectives import Objective
 from grpo.rewards.base import RewardPart, parse_reward_config
-from grpo.types import Completion, FinishReason, Group, Problem, Rollout, Score
+from grpo.toy import toy_group
+from grpo.types import Problem
 
 WITHIN_GROUP = {f"grpo.advantages.{name}" for name in ("group_norm", "center", "leave_one_out", "max_rl")}  # 0 without others to compare
 OF_THE_SAMPLER = {f"grpo.corrections.{name}" for name in (
@@ -191,28 +192,8 @@ def try_loss(made: Plan) -> None:
 
 def _toy_batch(made: Plan) -> Batch:
     """Two groups: completions of one and two tokens with rewards 0 and 1, and one of three tokens."""
-    groups = []
-    for name, lengths in (("a", (1, 2)), ("b", (3,))):
-        problem = Problem(id=name, prompt="", answer="")
-        rollouts = tuple(
-            Rollout(
-                problem=problem,
-                completion=Completion(
-                    problem_id=name,
-                    index=i,
-                    prompt_ids=(0,),
-                    token_ids=(0,) * n,
-                    text="",
-                    logprobs=(-1.0,) * n,
-                    policy_versions=(0,) * n,
-                    finish_reason=FinishReason.stop,
-                ),
-                scores={part: Score(value=float(i)) for part in made.reward_weights},
-                reward=float(i),
-            )
-            for i, n in enumerate(lengths)
-        )
-        groups.append(Group(problem=problem, rollouts=rollouts))
+    parts = [dict.fromkeys(made.reward_weights, value) for value in (0.0, 1.0)]
+    groups = [toy_group("a", [0, 1], [1, 2], parts=parts), toy_group("b", [0], [3], parts=parts[:1])]
     batch = collate(groups, tuple(made.counted_weights))
     return replace(batch, reference_logprobs=batch.behavior_logprobs)
 

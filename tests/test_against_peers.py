@@ -23,7 +23,7 @@ from torch import Tensor
 from grpo import advantages, aggregation, corrections, kl, objectives, ratios
 from grpo.batch import Batch, collate
 from grpo.losses import Loss, TokenScores
-from grpo.types import Completion, FinishReason, Group, Problem, Rollout
+from grpo.toy import toy_group
 
 pytestmark = pytest.mark.slow  # TRL is a large import
 
@@ -41,33 +41,8 @@ class Case:
         def normal(spread: float) -> Tensor:
             return spread * torch.randn(sum(map(sum, rows)), dtype=torch.float64, generator=noise)
 
-        groups = []
-        for g, row in enumerate(rows):
-            problem = Problem(id=f"p{g}", prompt="?", answer="1")
-            rewards = torch.rand(len(row), generator=noise, dtype=torch.float64).tolist()
-            groups.append(
-                Group(
-                    problem=problem,
-                    rollouts=tuple(
-                        Rollout(
-                            problem=problem,
-                            completion=Completion(
-                                problem_id=problem.id,
-                                index=i,
-                                prompt_ids=(1,),
-                                token_ids=(7,) * n,
-                                text="",
-                                logprobs=(-1.0,) * n,
-                                policy_versions=(0,) * n,
-                                finish_reason=FinishReason.stop,
-                            ),
-                            scores={},
-                            reward=rewards[i],
-                        )
-                        for i, n in enumerate(row)
-                    ),
-                )
-            )
+        rewards = [torch.rand(len(row), generator=noise, dtype=torch.float64).tolist() for row in rows]
+        groups = [toy_group(f"p{g}", rewards[g], row) for g, row in enumerate(rows)]
         behavior = normal(1).abs().neg()
         batch = collate(groups)
         self.batch: Batch = replace(

@@ -15,33 +15,17 @@ from torch import Tensor
 from grpo import advantages, kl
 from grpo.batch import Batch, collate
 from grpo.credit import Credit, reverse_cumsum
-from grpo.types import Completion, FinishReason, Group, Problem, Rollout, Score
+from grpo.toy import toy_group
+from grpo.types import FinishReason
 
 
 def batch_of(*groups: list[tuple[int, dict[str, float], FinishReason]], weights: dict[str, float]) -> Batch:
     """Each completion: (number of tokens, values of its reward parts, finish reason)."""
     made = []
     for g, rows in enumerate(groups):
-        problem = Problem(id=f"p{g}", prompt="?", answer="1")
-        rollouts = tuple(
-            Rollout(
-                problem=problem,
-                completion=Completion(
-                    problem_id=problem.id,
-                    index=i,
-                    prompt_ids=(1,),
-                    token_ids=(7,) * n,
-                    text="",
-                    logprobs=(-1.0,) * n,
-                    policy_versions=(0,) * n,
-                    finish_reason=reason,
-                ),
-                scores={name: Score(value=value) for name, value in parts.items()},
-                reward=math.fsum(weights[name] * value for name, value in parts.items()),
-            )
-            for i, (n, parts, reason) in enumerate(rows)
-        )
-        made.append(Group(problem=problem, rollouts=rollouts))
+        lengths, parts, reasons = zip(*rows, strict=True)
+        rewards = [math.fsum(weights[name] * value for name, value in values.items()) for values in parts]
+        made.append(toy_group(f"p{g}", rewards, lengths, parts=parts, truncated=[reason is LENGTH for reason in reasons]))
     return collate(made, tuple(weights))
 
 

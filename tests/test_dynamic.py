@@ -10,29 +10,8 @@ from hypothesis import strategies as st
 from grpo.data import ProblemSource
 from grpo.metrics import has_signal
 from grpo.rollouts.dynamic import draw_groups
-from grpo.types import Completion, FinishReason, Group, Problem, Rollout
-
-
-def group(problem: Problem, mixed: bool) -> Group:
-    rollouts = tuple(
-        Rollout(
-            problem=problem,
-            completion=Completion(
-                problem_id=problem.id,
-                index=i,
-                prompt_ids=(1,),
-                token_ids=(2,),
-                text="",
-                logprobs=(-1.0,),
-                policy_versions=(0,),
-                finish_reason=FinishReason.stop,
-            ),
-            scores={},
-            reward=float(i) if mixed else 1.0,
-        )
-        for i in range(2)
-    )
-    return Group(problem=problem, rollouts=rollouts)
+from grpo.toy import toy_group
+from grpo.types import Group, Problem
 
 
 @given(mixed=st.lists(st.booleans(), min_size=4, max_size=30), wanted=st.integers(1, 4), rounds=st.integers(1, 6), seed=st.integers(0, 99))
@@ -43,7 +22,7 @@ def test_what_is_drawn_is_kept_or_dropped_once(mixed: list[bool], wanted: int, r
 
     def collect(asked: Sequence[Problem]) -> list[Group]:
         calls.append([p.id for p in asked])
-        return [group(p, signal[p.id]) for p in asked]
+        return [toy_group(p.id, [0, 1] if signal[p.id] else [1, 1], [1, 1]) for p in asked]
 
     drawn = draw_groups(collect, ProblemSource(problems, seed).take, has_signal, wanted, rounds)
     ids = [g.problem.id for g in drawn.all]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from grpo.learner import Learner
 from grpo.losses import Loss, TokenScores
 from grpo.plan import plan
 from grpo.recipe import load_recipe
-from grpo.types import Completion, FinishReason, Group, Problem, Rollout
+from grpo.toy import toy_group
 
 
 @dataclass
@@ -54,32 +54,7 @@ def learner(policy: Notes, **settings: Any) -> Learner:
     return Learner(policy=policy, credit=credit, loss=loss, make_reference=policy.snapshot, **settings)  # type: ignore[arg-type]
 
 
-def group(name: str, rewards: Sequence[float], lengths: Sequence[int], cut: Sequence[bool] | None = None) -> Group:
-    problem = Problem(id=name, prompt="?", answer="1")
-    return Group(
-        problem=problem,
-        rollouts=tuple(
-            Rollout(
-                problem=problem,
-                completion=Completion(
-                    problem_id=name,
-                    index=i,
-                    prompt_ids=(1,),
-                    token_ids=(7,) * n,
-                    text="",
-                    logprobs=(-1.0,) * n,
-                    policy_versions=(0,) * n,
-                    finish_reason=FinishReason.length if cut and cut[i] else FinishReason.stop,
-                ),
-                scores={},
-                reward=reward,
-            )
-            for i, (reward, n) in enumerate(zip(rewards, lengths, strict=True))
-        ),
-    )
-
-
-MIXED, SOLVED = group("mixed", [1, 0], [3, 5]), group("solved", [1, 1], [20, 30])
+MIXED, SOLVED = toy_group("mixed", [1, 0], [3, 5]), toy_group("solved", [1, 1], [20, 30])
 WITH_KL = Loss(objective=objectives.policy_gradient, aggregate=aggregation.token_mean, kl=kl.k3, kl_coef=0.1)
 
 
@@ -122,7 +97,7 @@ def test_the_reference_follows_exactly_every_so_many_updates(refresh: int, updat
 
 def test_truncated_completions_count_in_their_group_and_are_not_trained_on() -> None:
     policy = Notes()
-    learner(policy, mask_truncated=True).learn([group("g", [1, 0, 0], [2, 3, 4], cut=[False, True, False])])
+    learner(policy, mask_truncated=True).learn([toy_group("g", [1, 0, 0], [2, 3, 4], truncated=[False, True, False])])
     (trained,) = policy.trained
     assert trained.advantages is not None
     assert trained.advantages.tolist() == pytest.approx([2 / 3] * 2 + [-1 / 3] * 4)  # the mean is that of all three
@@ -131,7 +106,7 @@ def test_truncated_completions_count_in_their_group_and_are_not_trained_on() -> 
 
 def test_when_nothing_is_left_the_step_is_counted_as_empty() -> None:
     policy = Notes()
-    everything_cut = group("g", [1, 0], [2, 3], cut=[True, True])
+    everything_cut = toy_group("g", [1, 0], [2, 3], truncated=[True, True])
     _, metrics = learner(policy, mask_truncated=True).learn([everything_cut])
     assert metrics["policy/empty_updates"] == 1
     assert learner(Notes()).learn([MIXED])[1]["policy/empty_updates"] == 0

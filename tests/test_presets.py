@@ -21,7 +21,7 @@ from grpo.credit import Credit
 from grpo.losses import Loss, TokenScores
 from grpo.plan import plan
 from grpo.recipe import groups, load_recipe
-from grpo.types import Completion, FinishReason, Group, Problem, Rollout
+from grpo.toy import toy_group
 
 
 def _paper_losses() -> ModuleType:
@@ -79,28 +79,7 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     rows = draw(completion_lengths)
     rewards = st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.1, 0.3, 0.95])
-    made = []
-    for g, row in enumerate(rows):
-        problem = Problem(id=f"p{g}", prompt="?", answer="1")
-        rollouts = [
-            Rollout(
-                problem=problem,
-                completion=Completion(
-                    problem_id=problem.id,
-                    index=i,
-                    prompt_ids=(1,),
-                    token_ids=(7,) * n,
-                    text="",
-                    logprobs=(-1.0,) * n,
-                    policy_versions=(0,) * n,
-                    finish_reason=FinishReason.stop,
-                ),
-                scores={},
-                reward=draw(rewards),
-            )
-            for i, n in enumerate(row)
-        ]
-        made.append(Group(problem=problem, rollouts=tuple(rollouts)))
+    made = [toy_group(f"p{g}", [draw(rewards) for _ in row], row) for g, row in enumerate(rows)]
     batch, noise = collate(made), torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
 
     def normal(spread: float) -> Tensor:
