@@ -9,6 +9,7 @@ r"""Sums, products and powers.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from fractions import Fraction
 
 from grpo.rewards.math import syntax as s
@@ -19,17 +20,19 @@ from grpo.rewards.math.units import is_unit
 from grpo.rewards.math.vocabulary import NOT_UNITS, STARTS
 
 
-class ArithmeticRules(UnitRules):
+class ArithmeticRules(UnitRules, ABC):
     def __init__(self, tokens: tuple[Token, ...]) -> None:
         super().__init__(tokens)
         self._bars = 0  # how many |…| are open
         self._in_set = False  # directly within \{ \}: a bar begins the conditions
 
+    @abstractmethod
     def _atom(self) -> s.Node:
-        raise NotImplementedError
+        """What arithmetic is made of: ``parse_atoms``."""
 
+    @abstractmethod
     def _opens_condition(self) -> bool:
-        raise NotImplementedError
+        """Whether the conditions of a set begin here: ``parse``."""
 
     def _sum(self) -> s.Node:
         terms = [self._term()]

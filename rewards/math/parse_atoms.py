@@ -9,6 +9,7 @@ Where TeX and mathematicians differ, mathematicians win: ``x^10`` is x to the te
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from fractions import Fraction
 
 from grpo.rewards.math import syntax as s
@@ -25,11 +26,13 @@ _ENVIRONMENTS = ("matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "case
 
 
 class AtomRules(ArithmeticRules):
+    @abstractmethod
     def _items(self) -> tuple[tuple[s.Node, ...], set[str]]:
-        raise NotImplementedError
+        """What stands in a bracket, and what parts it: ``parse``."""
 
+    @abstractmethod
     def _item(self) -> s.Node:
-        raise NotImplementedError
+        """One of them: ``parse``."""
 
     def _atom(self) -> s.Node:
         token = self.next
