@@ -14,6 +14,7 @@ from pathlib import Path
 
 from grpo import build, checkpoint
 from grpo.interrupt import StopSignal
+from grpo.plan import load_split, plan
 from grpo.recipe import load_run
 from grpo.rewards.math import math_equal
 from grpo.rollouts.collect import request_seed
@@ -31,7 +32,7 @@ def main() -> None:
     run = RunFolder.open(options.run)
     folder = str(run.checkpoint(checkpoint.steps(run)[-1]))
     config = load_run(options.run)
-    problems = build.problems(build.plan(config), "heldout")[: config.eval.problems]
+    problems = load_split(plan(config), "heldout")[: config.eval.problems]
     with StopSignal() as stop, ExitStack() as stack:
         tokenizer = build.make_tokenizer(folder, config)
         engine = build.make_engine(config, folder, tokenizer, build.machine(config), stack, stop)

@@ -111,6 +111,8 @@ class RewardRuntime:
             try:
                 num_done = 0 if names else len(judged)
                 while num_done < len(judged):
+                    if self._closed:
+                        raise RuntimeError("this reward runtime was closed while it scored")
                     self._dispatch(jobs)
                     for result in self._collect(jobs):
                         for row, score in zip(result.rows, result.scores, strict=True):
@@ -131,9 +133,9 @@ class RewardRuntime:
         return await asyncio.to_thread(self.score, completions, problems, progress)
 
     def close(self) -> None:
-        """End all workers, and whatever they started. Waits for a ``score`` that is under way."""
+        """End all workers, and whatever they started. A ``score`` under way in another thread ends with RuntimeError."""
+        self._closed = True
         with self._lock:
-            self._closed = True
             while self._workers:
                 self._workers.pop().end()
 

@@ -107,6 +107,8 @@ class RemoteRuntimes:
         num_done = 0
         try:
             while waiting or busy:
+                if self._closed:
+                    raise RuntimeError("these reward runtimes were closed while they scored")
                 self._hand_out(waiting, busy, completions, problems)
                 for chunk, scores in self._take_back(waiting, busy):
                     for row, by_name in zip(chunk.rows, scores, strict=True):
