@@ -1,13 +1,14 @@
 """One update of the policy on the same rollouts, by this toolkit and by TRL's GRPOTrainer: seconds, memory, share of the machine's peak.
 
-    python benchmarks/train_step.py [--case short|long] [--side ours|trl|both] [--updates 3] [--trl batch=8]
+    python benchmarks/train_step.py [--case short|long] [--side ours|trl|both] [--updates 3] [--problems N] [--trl batch=8]
 
 short: 16 problems × 8 completions, prompts of about 90 tokens (the template of R1-Zero and a sum).
 long:  4 problems × 16 completions, prompts of 400 tokens (the same template, then tokens that differ from problem to problem).
 
 The completions are random tokens, 16 to 48 of them, drawn from a fixed seed: what they say changes no cost, and every group has
-signal, so that nothing is left out. Each side is a process of its own and does the same thing: forward, backward, clipping and one
-AdamW step with fp32 weights, computing in bf16, GRPO with a token mean. Its gradient norm is printed: it must agree.
+signal, so that nothing is left out. ``--problems`` takes fewer than the case has, where time is short. Each side is a process of its own
+and does the same thing: forward, backward, clipping and one AdamW step with fp32 weights, computing in bf16, GRPO with a token mean. Its
+gradient norm is printed: it must agree.
 
 Timed of ours: ``HFPolicy.update``. Timed of TRL: from ``on_step_begin`` to ``on_step_end``, less ``_generate_and_score_completions``
 (rollouts are injected by ``rollout_func``). Needs ``trl`` for the other side. Model FLOPs are those of the tokens that have to be
@@ -29,7 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -264,20 +265,21 @@ def trl(rollouts: Rollouts, folder: str, updates: int, options: dict[str, str]) 
 SIDES: dict[str, Callable[[Rollouts, str, int, dict[str, str]], dict[str, Any]]] = {"ours": ours, "trl": trl}
 
 
-def child(side: str, case: str, updates: int, options: dict[str, str]) -> dict[str, Any]:
+def child(side: str, name: str, problems: int | None, updates: int, options: dict[str, str]) -> dict[str, Any]:
     """What one process measures: its side's updates, and the peak of the machine before and after them."""
     from transformers import AutoConfig, AutoTokenizer
 
     from grpo.models import resolve_model
 
     folder = resolve_model(MODEL)
-    config, rollouts = AutoConfig.from_pretrained(folder), make_rollouts(CASES[case], AutoTokenizer.from_pretrained(folder))
+    case = replace(CASES[name], problems=problems or CASES[name].problems)
+    config, rollouts = AutoConfig.from_pretrained(folder), make_rollouts(case, AutoTokenizer.from_pretrained(folder))
     before = peak_flops(config)
     measured = SIDES[side](rollouts, folder, updates, options)
     peak = max(before, peak_flops(config))  # a shared machine is not equally fast all the time
     return measured | {
         "side": side,
-        "case": case,
+        "case": name,
         "peak_flops": peak,
         "model_flops": model_flops(rollouts, config),
         "prompt_tokens": sum(map(len, rollouts.prompts)),
@@ -303,16 +305,18 @@ def main() -> None:
     parser.add_argument("--case", choices=[*CASES], default="short")
     parser.add_argument("--side", choices=[*SIDES, "both"], default="both")
     parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--problems", type=int, help="fewer than the case has")
     parser.add_argument("--ours", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of HFPolicy")
     parser.add_argument("--trl", nargs="*", default=[], metavar="NAME=VALUE", help="batch=, bf16=0|1|2 (2: weights too), checkpointing=0|1")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
         options = dict(option.split("=") for option in getattr(a, a.side))
-        print(json.dumps(child(a.side, a.case, a.updates, options)))
+        print(json.dumps(child(a.side, a.case, a.problems, a.updates, options)))
         return
     for side in SIDES if a.side == "both" else [a.side]:
         command = [sys.executable, __file__, "--child", "--case", a.case, "--side", side, "--updates", str(a.updates)]
+        command += ["--problems", str(a.problems)] if a.problems else []
         done = subprocess.run([*command, "--ours", *a.ours, "--trl", *a.trl], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             print(f"{side:5} {a.case:6} failed: exit code {done.returncode}")

@@ -1,4 +1,4 @@
-"""Rollouts → flat tensors. Only tokens the policy sampled are in them: no prompt, no padding, no mask.
+"""Rollouts → flat tensors. Only tokens the policy sampled are in them: no prompt, no output of a tool, no padding, no mask.
 
 Axes: ``tokens`` (all trained tokens of the batch, concatenated), ``rollouts``, ``groups``. ``rollout_index[t]`` says which
 rollout token ``t`` belongs to, ``group_index[i]`` which group rollout ``i`` belongs to – so a ragged group is ordinary.
@@ -99,19 +99,19 @@ class Batch:
 
 
 def collate(groups: Sequence[Group], parts: Sequence[str] = ()) -> Batch:
-    """Flatten groups; a completion without tokens, or one that could not be scored, takes no part in the loss or its totals.
+    """Flatten groups; a completion without tokens of the policy, or one that could not be scored, takes no part in the loss or its totals.
 
     Args:
         parts: the reward parts whose values become ``part_rewards``, in this order.
     """
-    kept = [[r for r in group.rollouts if r.completion.token_ids and r.scored] for group in groups]
+    kept = [[r for r in group.rollouts if r.completion.num_sampled and r.scored] for group in groups]
     kept = [rollouts for rollouts in kept if rollouts]
     rollouts = tuple(r for group in kept for r in group)
-    lengths = torch.tensor([len(r.completion.token_ids) for r in rollouts], dtype=torch.long)
-    group_lengths = torch.tensor([sum(len(r.completion.token_ids) for r in group) for group in kept], dtype=torch.long)
+    lengths = torch.tensor([r.completion.num_sampled for r in rollouts], dtype=torch.long)
+    group_lengths = torch.tensor([sum(r.completion.num_sampled for r in group) for group in kept], dtype=torch.long)
     return Batch(
         rollouts=rollouts,
-        behavior_logprobs=torch.tensor([p for r in rollouts for p in r.completion.logprobs], dtype=torch.float32),
+        behavior_logprobs=torch.tensor([p for r in rollouts for p in r.completion.sampled_logprobs], dtype=torch.float32),
         rollout_index=torch.repeat_interleave(torch.arange(len(rollouts)), lengths),
         group_index=torch.repeat_interleave(torch.arange(len(kept)), torch.tensor([len(g) for g in kept], dtype=torch.long)),
         group_num_tokens=group_lengths,

@@ -7,8 +7,9 @@ Everything that can be wrong is found before anything heavy starts, in this orde
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from grpo import checkpoint, replay
+from grpo import checkpoint, randomness, replay
 from grpo.card import objective_card
-from grpo.config import Config, ConfigError, EngineName, Precision, WandbMode
+from grpo.conditions import Conditions, check_conditions, conditions
+from grpo.config import Config, ConfigError, EngineName, Precision, ScheduleName, TransferName, WandbMode
 from grpo.console import ConsoleLogger
 from grpo.data import ProblemSource
 from grpo.environment import usable_cores
@@ -34,11 +36,19 @@ from grpo.replay import StepReplay
 from grpo.report import write_report
 from grpo.rewards.health import UnscoredStop
 from grpo.rollout_table import groups_of
-from grpo.rollouts.collect import Collector, Scorer
+from grpo.rollouts.assembly import Scorer, ScoreWhen
+from grpo.rollouts.base import Engine, Progress
+from grpo.rollouts.collect import Collector, Groups, collect
+from grpo.rollouts.dialogue import ChatTemplate, PlainText
+from grpo.rollouts.episode import Dialogue
+from grpo.rollouts.paced import PacedCollector
+from grpo.rollouts.proof import SelfTest
 from grpo.rollouts.scoring import scoring_runtime
-from grpo.run import RunFolder
+from grpo.rollouts.transfer import Disk, SharedMemory, Transfer
+from grpo.run import RunFolder, environment
 from grpo.trainer import Settings, Trainer
-from grpo.types import Group, Problem, Sampling
+from grpo.types import Completion, Group, Problem, Sampling, Score
+from grpo.weight_sync import Probe, WeightSync
 
 if TYPE_CHECKING:
     from grpo.distributed import DistributedPolicy
@@ -67,6 +77,8 @@ def machine(config: Config) -> Machine:
     if gpus > torch.cuda.device_count() and not os.environ.get("RAY_ADDRESS"):
         raise ConfigError("rollout.gpus_per_engine", f"asks for {gpus} GPUs, but torch sees {torch.cuda.device_count()}", "lower it")
     ranks = config.trainer.ranks
+    if config.rollout.transfer is TransferName.nccl and not device.startswith("cuda"):
+        raise ConfigError("rollout.transfer", f"is nccl, between GPUs, but the trainer is on {device}", "set it to shared_memory or gloo")
     if ranks > 1 and device.startswith("cuda"):
         if ":" in device:
             raise ConfigError("trainer.device", f"is {device!r}, but trainer.ranks={ranks} takes {ranks} GPUs", "set it to cuda")
@@ -99,13 +111,19 @@ def _as_chat(tokenizer: Any, prompt: str) -> str:
     return text
 
 
-def encoder(tokenizer: Any, chat: bool) -> Callable[[Problem], tuple[int, ...]]:
-    """A chat template writes its own special tokens; plain text gets those the tokenizer adds."""
-    return lambda problem: tuple(tokenizer(problem.prompt, add_special_tokens=not chat).input_ids)
+def make_dialogue(tokenizer: Any, chat: bool) -> Dialogue:
+    if not chat:
+        return PlainText(tokenizer)
+    try:
+        return ChatTemplate(tokenizer)
+    except ValueError as error:
+        raise ConfigError("data.chat", f"is true, but {error}") from error
 
 
-def make_engine(config: Config, folder: str, tokenizer: Any, where: Machine, stack: ExitStack, stop: StopSignal) -> Any:
-    """The engine that ``rollout.engine`` names; ``stack`` closes it."""
+def make_engine(
+    config: Config, folder: str, tokenizer: Any, where: Machine, stack: ExitStack, stop: StopSignal, exchange: Path | None = None
+) -> Any:
+    """The engine that ``rollout.engine`` names; ``stack`` closes it. ``exchange``: a folder for weights; None: none will be sent."""
     rollout, model = config.rollout, config.model
     if rollout.engine is EngineName.scripted:
         from grpo.rollouts.scripted import ScriptedEngine
@@ -127,6 +145,7 @@ def make_engine(config: Config, folder: str, tokenizer: Any, where: Machine, sta
         cpus_per_engine=cpus,
         gpus_per_engine=rollout.gpus_per_engine,
         schedule=rollout.schedule.value,
+        transfer=None if exchange is None else make_transfer(rollout.transfer, exchange, stack),
         hang_timeout=rollout.hang_timeout_s,
         factory=VLLMEngine,
         kwargs={
@@ -141,6 +160,18 @@ def make_engine(config: Config, folder: str, tokenizer: Any, where: Machine, sta
     return stack.enter_context(_closing(pool))
 
 
+def make_transfer(name: TransferName, folder: Path, stack: ExitStack) -> Transfer:
+    """``ray`` must be running."""
+    from grpo.rollouts.peer import PeerToPeer
+
+    if name is TransferName.disk:
+        return Disk(folder)
+    if name is TransferName.shared_memory:
+        return SharedMemory()
+    peers: PeerToPeer = stack.enter_context(_closing(PeerToPeer(name.value)))
+    return peers
+
+
 @contextmanager
 def _closing(thing: Any) -> Iterator[Any]:
     try:
@@ -151,6 +182,19 @@ def _closing(thing: Any) -> Iterator[Any]:
 
 def cpus_per_engine(config: Config, where: Machine) -> int:
     return config.rollout.cpus_per_engine or max(1, where.cores // config.rollout.num_engines)
+
+
+def conditions_of(config: Config, where: Machine) -> Conditions:
+    import torch
+
+    return conditions(
+        config,
+        cpus_per_engine=cpus_per_engine(config, where),
+        trainer_threads=torch.get_num_threads(),
+        device=where.device,
+        precision=where.dtype_name,
+        cpu_instructions=torch.backends.cpu.get_cpu_capability(),
+    )
 
 
 def cpus_per_rank(config: Config, where: Machine) -> int:
@@ -233,8 +277,49 @@ def make_policy(
     return DistributedPolicy(ranks, partial(load_model, folder, config), settings, tokenizer=tokenizer)
 
 
+@contextmanager
+def shared_by_environments(checked: Plan) -> Iterator[None]:
+    """What all environments of this process share, such as a sandbox, is closed at the end."""
+    try:
+        yield
+    finally:
+        getattr(checked.environment.function(), "close_shared", lambda: None)()
+
+
+class NoParts:
+    """The reward parts of a recipe whose environment judges everything itself."""
+
+    def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
+        return [{} for _ in completions]
+
+
+def make_weight_sync(
+    config: Config,
+    policy: HFPolicy | DistributedPolicy,
+    engine: Engine,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    run: RunFolder,
+    logger: Logger,
+) -> WeightSync:
+    """The scripted engine has no model whose log-probs could be compared."""
+    probe = None
+    if config.rollout.engine is not EngineName.scripted:
+        prompts = [tokenizer(problem.prompt).input_ids for problem in problems[:8]]
+        room = max(map(len, prompts)) + config.rollout.max_new_tokens  # what the run itself needs of an engine
+        probe = Probe.of(prompts, room, config.rollout.temperature)
+
+    def tell(found: SelfTest) -> None:
+        logger.note(found.summary())
+        run.write_environment(run.read_environment() | {"weight_self_test": found.figures()})
+
+    return WeightSync(policy, policy.snapshot, engine, probe, tell)
+
+
 def make_runtime(checked: Plan) -> AbstractContextManager[Scorer]:
     """Where Ray runs on several nodes, one runtime on each: call it after the engine."""
+    if not checked.rewards:
+        return nullcontext(NoParts())
     s = checked.config.scoring
     return scoring_runtime(checked.rewards, num_workers=s.workers, cpu_s=s.cpu_s, memory_mb=s.memory_mb)
 
@@ -254,12 +339,60 @@ def make_learner(checked: Plan, policy: HFPolicy | DistributedPolicy) -> Learner
 
 def train_sampling(config: Config) -> Sampling:
     r = config.rollout
-    return Sampling(temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, max_new_tokens=r.max_new_tokens, stop=tuple(r.stop))
+    return Sampling(
+        temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, min_p=r.min_p, max_new_tokens=r.max_new_tokens, stop=tuple(r.stop)
+    )
 
 
 def eval_sampling(config: Config) -> Sampling:
     r, e = config.rollout, config.eval
-    return Sampling(temperature=e.temperature, top_p=e.top_p, max_new_tokens=r.max_new_tokens, stop=tuple(r.stop))
+    return Sampling(temperature=e.temperature, top_p=e.top_p, min_p=e.min_p, max_new_tokens=r.max_new_tokens, stop=tuple(r.stop))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupMakers:
+    """How the groups of training and of evaluations are made, from the same engine and the same rewards."""
+
+    checked: Plan
+    engine: Engine
+    runtime: Scorer
+    tokenizer: Any
+
+    def training(self) -> Groups:
+        rollout = self.checked.config.rollout
+        whole = ScoreWhen.group if rollout.max_staleness else ScoreWhen.all
+        return self._groups(train_sampling(self.checked.config), rollout.completions_per_problem, self.checked.config.run.seed, whole)
+
+    def evaluation(self, samples: int | None = None) -> Groups:
+        config = self.checked.config
+        return self._groups(eval_sampling(config), samples or config.eval.samples, EVAL_SEED, ScoreWhen.all)
+
+    def _groups(self, sampling: Sampling, samples: int, seed: int, whole: ScoreWhen) -> Groups:
+        return Groups(
+            engine=self.engine,
+            runtime=self.runtime,
+            dialogue=make_dialogue(self.tokenizer, self.checked.config.data.chat),
+            environment=self.checked.environment.load(),
+            sampling=sampling,
+            completions_per_problem=samples,
+            weights=self.checked.reward_weights,
+            seed=seed,
+            score_when=whole if any(part.style.whole_batch for part in self.checked.rewards) else ScoreWhen.each,
+            lockstep=self.checked.config.rollout.schedule is ScheduleName.fixed,
+        )
+
+
+def make_collector(
+    config: Config, groups: Groups, source: ProblemSource, progress: Progress, stack: ExitStack
+) -> Collector | PacedCollector:
+    """On-policy, or sampling ahead by ``rollout.max_staleness`` updates; ``stack`` ends what goes on in the background."""
+    rollout = config.rollout
+    if not rollout.max_staleness:
+        return Collector(groups=groups, source=source, progress=progress)
+    paced = PacedCollector(
+        groups=groups, source=source, batch=rollout.problems_per_step, max_staleness=rollout.max_staleness, progress=progress
+    )
+    return stack.enter_context(_closing(paced))
 
 
 def make_logger(config: Config) -> Logger:
@@ -320,22 +453,24 @@ def train(config: Config) -> Result:
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
     """
     checked = plan(config)
-    machine(config)
-    check_sandbox(checked.rewards)
+    here = environment(conditions_of(config, machine(config)))
+    check_sandbox(checked)
     early = None if config.data.chat else load_both_splits(checked)  # a chat template needs the tokenizer, hence the model
     run = RunFolder.create(Path(config.run.dir), config.run.recipe or "run", config.run.name, resume=config.run.resume)
-    resumed_from = checkpoint.last_sound_step(run) if config.run.resume else None
-    anchor_paths(checked)
-    run.write_config(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-    run.write_environment()
-    run.write_objective(objective_card(checked))
     logger, failed = make_logger(config), True
     with StopSignal() as stop, ExitStack() as stack:
+        stack.enter_context(run.held())
+        resumed_from = go_back(run, here, config.run.exact) if config.run.resume else None
+        anchor_paths(checked)
+        run.write_config(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        run.write_environment(here)
+        run.write_objective(objective_card(checked))
+        randomness.seed_all(config.run.seed)
         logger.start(plain(config), run, resumed_from)
         try:
             with stop.anywhere():
                 trainer = assemble(checked, early, run, logger, stack, stop)
-                if resumed_from is not None:
+                if resumed_from:
                     trainer.restore(resumed_from)
             trainer.train(stop)
             failed = False
@@ -343,9 +478,29 @@ def train(config: Config) -> Result:
             rows = run.read_metrics()
             try:
                 write_report(run)
+            except OSError:
+                if not failed:
+                    raise  # else what ended the run is worth more than the report of it
             finally:
                 logger.finish({"headline": headline(rows)}, failed=failed)
     return Result(run=run, headline=headline(rows))
+
+
+def go_back(run: RunFolder, here: Mapping[str, Any], exact: bool) -> int:
+    """Bring a run's folder to its last sound checkpoint: the step of it; 0 if none was due yet.
+
+    Args:
+        here: the environment of this start.
+        exact: refuse to go on where that changes the bits.
+
+    Raises:
+        ConfigError: there is no checkpoint to go on from, or not to the bit.
+    """
+    for sentence in check_conditions(run.read_environment(), here, exact):
+        warnings.warn(sentence, stacklevel=2)
+    step = checkpoint.last_sound_step(run)
+    checkpoint.rewind(run, step)
+    return step
 
 
 def assemble(
@@ -360,27 +515,23 @@ def assemble(
     chat = chat_format(tokenizer) if config.data.chat else None
     train_problems, heldout = early or load_both_splits(checked, chat)
     logger.phase(f"starting {config.rollout.engine}")
-    engine = make_engine(config, folder, tokenizer, where, stack, stop)
+    engine = make_engine(config, folder, tokenizer, where, stack, stop, run.path / "weights")
+    stack.enter_context(shared_by_environments(checked))
     runtime = stack.enter_context(make_runtime(checked))
     logger.phase("loading the policy")
     policy = make_policy(config, folder, tokenizer, where, stack, stop)
-    encode = encoder(tokenizer, config.data.chat)
+    makers = GroupMakers(checked=checked, engine=engine, runtime=runtime, tokenizer=tokenizer)
+    heldout = heldout[: config.eval.problems]
 
-    def collector(sampling: Sampling, samples: int, seed: int, name: str) -> Collector:
-        def progress(done: int, total: int) -> None:
+    def progress(name: str) -> Progress:
+        def told(done: int, total: int) -> None:
             stop.check()
             logger.phase(name, done, total)
 
-        return Collector(
-            engine=engine,
-            runtime=runtime,
-            encode=encode,
-            sampling=sampling,
-            completions_per_problem=samples,
-            weights=checked.reward_weights,
-            seed=seed,
-            progress=progress,
-        )
+        return told
+
+    def evaluator(step: int) -> tuple[Group, ...]:
+        return collect(makers.evaluation(), heldout, step, progress("evaluating"))[0]
 
     return Trainer(
         settings=Settings(
@@ -395,10 +546,9 @@ def assemble(
         run=run,
         learner=make_learner(checked, policy),
         engine=engine,
-        collector=collector(train_sampling(config), config.rollout.completions_per_problem, config.run.seed, "generating"),
-        evaluator=collector(eval_sampling(config), config.eval.samples, EVAL_SEED, "evaluating"),
-        source=ProblemSource(train_problems, config.run.seed),
-        heldout=heldout[: config.eval.problems],
+        weights=make_weight_sync(config, policy, engine, tokenizer, train_problems, run, logger),
+        collector=make_collector(config, makers.training(), ProblemSource(train_problems, config.run.seed), progress("generating"), stack),
+        evaluator=evaluator if heldout else None,
         reward_weights=checked.reward_weights,
         graders=UnscoredStop(weights=checked.reward_weights, share=config.scoring.unscored_share),
         logger=logger,
@@ -448,14 +598,9 @@ def evaluate(config: Config, folder: str, samples: int | None = None) -> tuple[d
         where = machine(config)
         tokenizer = make_tokenizer(folder, config)
         heldout = load_split(checked, "heldout", chat_format(tokenizer) if config.data.chat else None)[: config.eval.problems]
-        collector = Collector(
-            engine=make_engine(config, folder, tokenizer, where, stack, stop),
-            runtime=stack.enter_context(make_runtime(checked)),
-            encode=encoder(tokenizer, config.data.chat),
-            sampling=eval_sampling(config),
-            completions_per_problem=samples or config.eval.samples,
-            weights=checked.reward_weights,
-            seed=EVAL_SEED,
-        )
-        groups = collector.collect(heldout, 0)
+        engine = make_engine(config, folder, tokenizer, where, stack, stop)
+        stack.enter_context(shared_by_environments(checked))
+        runtime = stack.enter_context(make_runtime(checked))
+        makers = GroupMakers(checked=checked, engine=engine, runtime=runtime, tokenizer=tokenizer)
+        groups, _ = collect(makers.evaluation(samples), heldout, 0)
     return eval_metrics(groups, config.eval.metric), groups

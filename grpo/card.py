@@ -91,8 +91,11 @@ def _batch(plan: Plan) -> Iterator[str]:
         )
     yield from _ratio_in_words(plan)
     yield from _corrections_in_words(plan)
+    if config.rollout.max_staleness:
+        yield _staleness_in_words(plan)
     if config.rollout.temperature != 1:
         yield f"π_θ, π_ref and all other log-probs are those at temperature {config.rollout.temperature:g}."
+    yield from _truncation_in_words(plan)
     if _loss_near_zero(plan):
         yield "The advantages of a group sum to 0 and every completion counts the same: a loss value near 0 is normal."
     else:
@@ -138,6 +141,26 @@ def _corrections_in_words(plan: Plan) -> Iterator[str]:
         yield f"w_{name}, for the difference between the engine's log-probs and the trainer's, {does}."
 
 
+def _truncation_in_words(plan: Plan) -> Iterator[str]:
+    rollout = plan.config.rollout
+    settings = (("min-p", rollout.min_p, 0), ("top-k", rollout.top_k, 0), ("top-p", rollout.top_p, 1))  # as they are applied
+    if cuts := " and ".join(f"{name} {value:g}" for name, value, off in settings if value != off):
+        yield (
+            f"π_θ, π_ref and all other log-probs, the entropy and the KL are taken over the tokens that {cuts} left to choose from "
+            "when the token was sampled: the engine reports them (keep-sampling-mask, DeepSeek-V3.2)."
+        )
+
+
+def _staleness_in_words(plan: Plan) -> str:
+    k = plan.config.rollout.max_staleness
+    corrects = plan.corrections or plan.config.algo.anchor is Anchor.behavior
+    then = "each token is compared with the log-prob it was sampled with" if corrects else "nothing corrects for that"
+    return (
+        f"Sampling runs ahead by up to {k} step{'s' if k > 1 else ''}: tokens may be sampled by weights as many steps old, one "
+        f"completion by several versions; {then}."
+    )
+
+
 def _reference_in_words(refresh: int, updates: int) -> str:
     if not refresh:
         return "π_ref is the model the run started from."
@@ -155,6 +178,7 @@ def _loss_near_zero(plan: Plan) -> bool:
         and plan.objective.target in ("grpo.objectives.clipped_surrogate", "grpo.objectives.policy_gradient")
         and all(ref.target == "grpo.corrections.truncated_importance" for ref in plan.corrections.values())
         and config.optim.updates_per_step == 1
+        and not config.rollout.max_staleness
         and algo.anchor is Anchor.proximal
         and not (plan.kl is not None and plan.kl_coef)
         and not algo.entropy_coef

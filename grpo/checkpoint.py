@@ -6,27 +6,35 @@ found by the checksums in it; then the checkpoint before is used.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from grpo import randomness
 from grpo.config import ConfigError
 from grpo.policy import Policy
-from grpo.run import RunFolder
+from grpo.run import RunFolder, StorageError, storage, sync
 
 STATE_FILE = "trainer_state.pt"
 CHECKSUM_FILE = "checksums.json"
+FORMAT = 2  # of the state; one with another number was written by another version of this package
 
 
 def save_model(policy: Policy, folder: Path) -> None:
-    """Only the model, e.g. the best by evaluation; replaces ``folder`` at once."""
+    """Only the model, e.g. the best by evaluation; replaces ``folder`` at once.
+
+    Raises:
+        StorageError: the disk is full or cannot be written; what was there is untouched.
+    """
     _write(folder, lambda beside: policy.save(beside))
 
 
@@ -34,39 +42,65 @@ def save(run: RunFolder, step: int, policy: Policy, state: Mapping[str, Any], ke
     """The model and everything needed to go on after ``step``; older ones beyond ``keep`` lose their place.
 
     Raises:
-        OSError: the disk is full or cannot be written; the checkpoints there are untouched.
+        StorageError: the disk is full or cannot be written; the checkpoints there are untouched.
     """
+    run.sync_metrics()  # the rows up to here are on disk before the checkpoint that builds on them
+    whole = {"format": FORMAT, "step": step, "run": run.facts(), "random": randomness.states(), "policy": policy.state(), **state}
 
     def write(beside: Path) -> None:
         policy.save(beside)
-        torch.save({"step": step, "policy": policy.state(), **state}, beside / STATE_FILE)
+        with (beside / STATE_FILE).open("wb") as file:  # through a file of Python's: torch's own does not say why it failed
+            torch.save(whole, file)
 
     _write(run.checkpoint(step), write)
-    for old in steps(run)[:-keep]:
-        shutil.rmtree(run.checkpoint(old))
+    with storage(run.checkpoints):
+        for old in [s for s in steps(run) if s <= step][:-keep]:
+            _remove(run.checkpoint(old))
 
 
 def steps(run: RunFolder) -> list[int]:
     """Steps that have a checkpoint, in order."""
-    folders = [f for f in run.checkpoints.glob("step_*") if (f / STATE_FILE).is_file()] if run.checkpoints.is_dir() else []
-    return sorted(int(f.name.removeprefix("step_")) for f in folders)
+    names = (re.fullmatch(r"step_(\d+)", file.parent.name) for file in run.checkpoints.glob(f"*/{STATE_FILE}"))
+    return sorted(int(match[1]) for match in names if match)
 
 
 def last_sound_step(run: RunFolder) -> int:
     """The step that this run goes on from: the last whose files are what they were when written. Warns of those that are not.
 
+    0 if none was due before the run was stopped: it goes on from its beginning.
+
     Raises:
-        ConfigError: it has no checkpoint, or none that is sound.
+        ConfigError: its checkpoints are gone, or none of them is sound.
     """
     found = steps(run)
-    if not found:
-        raise ConfigError("run.resume", f"{run.path} has no checkpoint to go on from", "start it anew under another run.name")
+    if not found and any("time/checkpoint" in row for row in run.read_metrics()):
+        raise ConfigError("run.resume", f"the checkpoints of {run.path} are gone", "put them back, or start anew under another run.name")
     for step in reversed(found):
         damage = damaged_file(run.checkpoint(step))
         if damage is None:
             return step
         warnings.warn(f"checkpoint of step {step}: {damage}; going back to the one before", stacklevel=2)
-    raise ConfigError("run.resume", f"none of the checkpoints in {run.checkpoints} is sound", "start anew under another run.name")
+    if found:
+        raise ConfigError("run.resume", f"none of the checkpoints in {run.checkpoints} is sound", "start anew under another run.name")
+    return 0
+
+
+def rewind(run: RunFolder, step: int) -> None:
+    """Make the run folder what it was when the checkpoint of ``step`` was written, so that what follows is recorded once.
+
+    Damaged checkpoints of later steps are moved aside, to ``damaged_step_…``.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    with storage(run.path):
+        _tidy(run.checkpoints)
+        for later in steps(run):
+            if later > step:
+                aside = run.checkpoints / f"damaged_{run.checkpoint(later).name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                run.checkpoint(later).rename(aside)
+    run.rewind(step, load(run, step)["run"] if step else {})
 
 
 def damaged_file(folder: Path) -> str | None:
@@ -78,14 +112,26 @@ def damaged_file(folder: Path) -> str | None:
     for name, checksum in expected.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if _checksum(folder / name) != checksum:
+        try:
+            found = _checksum(folder / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != checksum:
             return f"{name} is not what was written"
     return None
 
 
 def load(run: RunFolder, step: int) -> dict[str, Any]:
-    """The state that ``save`` was given, and the policy's."""
-    state: dict[str, Any] = torch.load(run.checkpoint(step) / STATE_FILE, map_location="cpu", mmap=True, weights_only=True)
+    """The state that ``save`` was given, and what it added: the policy's, the random states, facts of the run folder.
+
+    Raises:
+        ConfigError: it was written by a version of this package that keeps other things in it.
+    """
+    file = run.checkpoint(step) / STATE_FILE
+    state: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    if state.get("format") != FORMAT:
+        remedy = f"go on with that version, or start a new run from its weights: model.path={file.parent}"
+        raise ConfigError("run.resume", f"the checkpoint of step {step} was written by another version of grpo-toolkit", remedy)
     return state
 
 
@@ -97,31 +143,82 @@ def _checksum(file: Path) -> str:
 def _write(folder: Path, write: Callable[[Path], None]) -> None:
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)  # left by a crash
-    beside.mkdir(parents=True)
-    try:
-        write(beside)
-        checksums = {file.name: _checksum(file) for file in sorted(beside.iterdir())}
-        (beside / CHECKSUM_FILE).write_text(json.dumps(checksums, indent=1), encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)  # on a full disk, give the space back
-        raise
-    for file in beside.iterdir():
-        _sync(file)
-    _sync(beside)
-    if folder.exists():  # a rename cannot replace a folder that is not empty
-        retired = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(retired, ignore_errors=True)
-        folder.rename(retired)
-        beside.rename(folder)
-        shutil.rmtree(retired)
-    else:
-        beside.rename(folder)
-    _sync(folder.parent)
+    with storage(folder):
+        beside.mkdir(parents=True)
+        try:
+            write(beside)
+            checksums = {file.name: _checksum(file) for file in sorted(beside.iterdir())}
+            (beside / CHECKSUM_FILE).write_text(json.dumps(checksums, indent=1), encoding="utf-8")
+            for file in beside.iterdir():
+                sync(file)
+            sync(beside)
+        except BaseException as error:
+            shutil.rmtree(beside, ignore_errors=True)  # on a full disk, give the space back
+            if (cause := _disk_error(error)) is not None:
+                raise StorageError(folder, cause) from error
+            raise
+        _put(beside, folder)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _disk_error(error: BaseException) -> OSError | None:
+    """What the disk said, behind what a library made of it."""
+    for link in _chain(error):
+        if isinstance(link, OSError):
+            return link
+        if match := re.search(r"\(os error (\d+)\)", str(link)):  # Rust's, as safetensors passes it on
+            return OSError(int(match[1]), os.strerror(int(match[1])))
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _put(beside: Path, folder: Path) -> None:
+    """Give ``beside`` the name ``folder``. What had that name goes, and at no moment does nothing have it."""
+    if not folder.exists():
+        beside.rename(folder)
+        sync(folder.parent)
+        return
+    old = beside
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        _exchange(beside, folder)
+    except OSError:  # a file system or a C library that cannot; a crash between the two lines is mended by ``_tidy``
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        beside.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two names in one step of the file system: renameat2(2), Linux."""
+    at_cwd, exchange = -100, 2  # fcntl.h, stdio.h
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError as error:
+        raise OSError("no renameat2") from error
+    if renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _remove(folder: Path) -> None:
+    """First the name, at once: half a folder must not stand under the name of a checkpoint."""
+    going = folder.with_name(f".{folder.name}.going")
+    shutil.rmtree(going, ignore_errors=True)
+    folder.rename(going)
+    shutil.rmtree(going)
+
+
+def _tidy(checkpoints: Path) -> None:
+    """Put back what a crash left between two renames, and remove what it left half written or half removed."""
+    for left in checkpoints.glob(".*.old"):
+        place = left.with_name(left.name.removeprefix(".").removesuffix(".old"))
+        if not place.exists():
+            left.rename(place)
+    for suffix in ("old", "writing", "going"):
+        for left in checkpoints.glob(f".*.{suffix}"):
+            shutil.rmtree(left)

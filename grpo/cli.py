@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit status: 0 done, 1 a setting or the machine is wrong, 130 interrupted (what is done is saved)."""
     prepare_process()
+    warnings.formatwarning = _format_warning
     options, behind = (top := parser()).parse_known_args(argv)
     if behind and (not hasattr(options, "overrides") or any(word.startswith("-") for word in behind)):
         top.error(f"unrecognized arguments: {' '.join(behind)}")
@@ -178,10 +180,10 @@ def _eval(options: argparse.Namespace) -> int:
         from grpo import checkpoint
 
         run = RunFolder.open(target)
-        found = checkpoint.steps(run)
-        if not found:
+        step = checkpoint.last_sound_step(run)
+        if not step:
             raise ConfigError("eval", f"{target} has no checkpoint yet", "let the run reach run.checkpoint_every steps")
-        folder = run.checkpoint(found[-1])
+        folder = run.checkpoint(step)
     elif not (target / "config.json").is_file():
         raise ConfigError(
             "eval", f"{options.target!r} is neither a run folder nor a model folder (no config.yaml, no config.json)", "check the path"
@@ -291,6 +293,11 @@ def _recipes(options: argparse.Namespace) -> int:
         shown = " ".join(str(value).split())
         print(f"{key} = {shown if len(shown) <= 100 else shown[:97] + '…'}\n    {meaning}")
     return 0
+
+
+def _format_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Ours are for the person at the terminal; those of libraries say where they come from."""
+    return f"grpo: warning: {message}\n" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _check_machine(config: Config) -> None:

@@ -1,7 +1,7 @@
 """The configuration schema: every key, its default and its meaning. Stdlib only; Hydra composes it, ``validate`` checks it.
 
 Nodes that are dicts are open, that is, they take names the schema does not know: ``reward`` and ``algo.correction`` (one entry a part),
-``data.problems``, ``rollout.engine_args``, ``model.args`` and the components under ``algo``. A component is a ``fn`` – an import
+``data.problems``, ``environment``, ``rollout.engine_args``, ``model.args`` and the components under ``algo``. A component is a ``fn`` – an import
 path or ``file.py:function`` – and its keyword arguments; they are bound against the function's signature at build time, before a
 model is loaded.
 """
@@ -49,6 +49,13 @@ class ScheduleName(StrEnum):
     fixed = "fixed"
 
 
+class TransferName(StrEnum):
+    shared_memory = "shared_memory"
+    disk = "disk"
+    gloo = "gloo"
+    nccl = "nccl"
+
+
 class Anchor(StrEnum):
     proximal = "proximal"
     behavior = "behavior"
@@ -88,6 +95,7 @@ class RunConfig:
     checkpoint_every: int = doc("steps between checkpoints; the last step always has one", 10)
     keep_checkpoints: int = doc("checkpoints kept with their optimiser state; the best by evaluation is kept beside them", 2)
     resume: bool = doc("go on from the last checkpoint of this run folder", False)
+    exact: bool = doc("a run is not gone on with where its bits would change: other threads, engines or CPU; false: it is, with a warning", True)
 
 
 @dataclass
@@ -136,11 +144,17 @@ class RolloutConfig:
     temperature: float = doc("sampling temperature of training rollouts", 1.0)
     top_p: float = doc("nucleus sampling; 1 is off", 1.0)
     top_k: int = doc("top-k sampling; 0 is off", 0)
+    min_p: float = doc("tokens below this share of the likeliest one's probability are not sampled; 0 is off", 0.0)
     stop: list[str] = doc("strings that end a completion; they stay in its text", factory=list)
     num_engines: int = doc("engine actors; requests are spread over them", 1)
     cpus_per_engine: int = doc("threads of one engine; 0: all cores of the machine, divided among the engines", 0)
     gpus_per_engine: int = doc("GPUs of one engine (tensor parallel); 0: CPU", 0)
     schedule: ScheduleName = doc("free: engines get work as they finish; fixed: equal shares, exact to the bit on equal machines", ScheduleName.free)
+    max_staleness: int = doc("updates by which sampling may run ahead: 0 is strictly on-policy; ahead, weights change in flight", 0)
+    transfer: TransferName = doc(
+        "how weights reach vLLM engines: shared_memory (Ray's store), disk (files in the run folder), gloo, or nccl (between GPUs)",
+        TransferName.shared_memory,
+    )
     hang_timeout_s: float = doc("an engine that makes no step for so long is killed and replaced", 300.0)
     engine_args: dict[str, Any] = doc("passed to the engine as they are, e.g. any argument of vllm.LLM", factory=dict)
 
@@ -192,6 +206,7 @@ class EvalConfig:
     samples: int = doc("completions for each of them; pass@1 is their mean", 1)
     temperature: float = doc("sampling temperature of evaluations", 1.0)
     top_p: float = doc("nucleus sampling of evaluations", 1.0)
+    min_p: float = doc("min-p sampling of evaluations", 0.0)
     metric: str = doc("the reward part that says whether a completion passes (value ≥ 1)", "accuracy")
 
 
@@ -216,6 +231,10 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    environment: dict[str, Any] = doc(
+        "fn: what the policy talks to, made anew for each rollout; weights: of the scores that it gives; the other keys are its arguments",
+        factory=lambda: {"fn": "grpo.rollouts.environments.SingleTurn"},
+    )
     reward: dict[str, dict[str, Any]] = doc("one entry a part: fn, weight, and the function's arguments", factory=dict)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -286,19 +305,44 @@ def validate(config: Config) -> None:
             "0 is greedy, 1 is the model's own distribution",
         )
         check(0 < node.top_p <= 1, f"{section}.top_p", "it must be in (0, 1]", "1 is off")
+        check(0 <= node.min_p < 1, f"{section}.min_p", "it must be in [0, 1)", "0 is off")
     check(
         c.rollout.temperature > 0,
         "rollout.temperature",
         "greedy rollouts of a group are all the same: nothing to compare",
         "set it above 0; 1 is usual",
     )
+    check(c.rollout.top_k >= 0, "rollout.top_k", "it counts tokens", "0 is off")
+    check(c.rollout.top_k != 1, "rollout.top_k", "rollouts of a group are then all the same: nothing to compare", "set it to 2 or more; 0 is off")
+    unknown = _why_kept_sets_are_unknown(c.rollout)
+    for key, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
+        check(
+            getattr(c.rollout, key) == off or not unknown,
+            f"rollout.{key}",
+            f"training must take its log-probs over the tokens that truncation kept, and {unknown}",
+            f"set it to {off} (evaluations are free), or sample with rollout.engine=hf, or vllm on CPU",
+        )
+    check(c.rollout.max_staleness >= 0, "rollout.max_staleness", "it counts updates", "0 is strictly on-policy, 1 overlaps sampling and training")
     check(
-        c.rollout.top_p == 1,
-        "rollout.top_p",
-        "training on truncated sampling biases the importance weights: the trainer's log-probs are those of the full distribution",
-        "set it to 1 for training; eval.top_p is free",
+        c.rollout.max_staleness == 0 or c.rollout.schedule is ScheduleName.free,
+        "rollout.max_staleness",
+        "the fixed schedule repeats to the bit, and what is sampled ahead depends on how long an update takes",
+        "set it to 0, or rollout.schedule=free",
     )
-    check(c.rollout.top_k == 0, "rollout.top_k", "training on truncated sampling biases the importance weights", "set it to 0 for training")
+    transfer = c.rollout.transfer
+    check(
+        transfer is TransferName.shared_memory or c.rollout.engine is EngineName.vllm,
+        "rollout.transfer",
+        f"the {c.rollout.engine} engine is in the trainer's process, and nothing is transferred",
+        "leave it at shared_memory",
+    )
+    check(
+        transfer is not TransferName.nccl or (c.rollout.gpus_per_engine == 1 and c.trainer.ranks == 1),
+        "rollout.transfer",
+        f"it goes from one GPU to engines of one GPU each: not with trainer.ranks={c.trainer.ranks}, "
+        f"rollout.gpus_per_engine={c.rollout.gpus_per_engine}",
+        "set it to shared_memory",
+    )
     check(c.rollout.hang_timeout_s > 0, "rollout.hang_timeout_s", "it must be a positive number of seconds", "300 is usual")
     check(c.rollout.cpus_per_engine >= 0, "rollout.cpus_per_engine", "it counts cores", "0 divides all cores among the engines")
     check(c.rollout.gpus_per_engine >= 0, "rollout.gpus_per_engine", "it counts GPUs", "0 is CPU")
@@ -351,7 +395,19 @@ def validate(config: Config) -> None:
             )
     for name in ("advantage", "ratio", "objective", "aggregation"):
         check(bool(getattr(c.algo, name)), f"algo.{name}", "every objective needs one", "choose a preset, e.g. algo=grpo")
-    if not c.reward:
-        raise ConfigError("reward", "is empty", "choose a preset, e.g. reward=r1_rules, or add reward.NAME.fn=…")
-    if c.eval.problems and c.eval.metric not in c.reward:
-        raise ConfigError("eval.metric", f"is {c.eval.metric!r}, but the reward parts are {', '.join(c.reward)}", "name one of them")
+    scores = [*c.reward, *(c.environment.get("weights") or {})]
+    if not scores:
+        raise ConfigError(
+            "reward", "is empty", "choose a preset, e.g. reward=r1_rules, or add reward.NAME.fn=…, or weights for the environment's scores"
+        )
+    if c.eval.problems and c.eval.metric not in scores:
+        raise ConfigError("eval.metric", f"is {c.eval.metric!r}, but the reward parts are {', '.join(scores)}", "name one of them")
+
+
+def _why_kept_sets_are_unknown(rollout: RolloutConfig) -> str:
+    """Empty for engines that report what truncation left to choose from."""
+    if rollout.engine is EngineName.scripted:
+        return "the scripted engine's completions come from no distribution that could be truncated"
+    if rollout.engine is EngineName.vllm and rollout.gpus_per_engine:
+        return "vLLM's own sampler, which a GPU needs, reports them only if every request sets top_k and none is greedy"
+    return ""

@@ -97,6 +97,9 @@ class ConsoleLogger(Logger):
             step = min(self._step + 1, self._total_steps)
             self._status.update(Text(f"step {step}/{self._total_steps} · {name}{progress}"))
 
+    def note(self, text: str) -> None:
+        self._print(Text(text, style="dim"))
+
     def finish(self, summary: Mapping[str, Any], failed: bool = False) -> None:
         if self._status is not None:
             self._status.stop()
@@ -172,7 +175,7 @@ def step_line(columns: Sequence[Column], row: Row) -> str:
 def time_line(columns: Sequence[Column], row: Row) -> str:
     """Where the step's time went, for a terminal too narrow for those columns; empty if they are shown, or unknown."""
     shown = {column.key for column in columns}
-    phases = [(name, f"time/{name}") for name in ("generate", "reward", "update", "sync", "eval", "checkpoint")]
+    phases = [(name, f"time/{name}") for name in ("generate", "wait", "reward", "update", "sync", "eval", "checkpoint")]
     parts = [f"{name} {_seconds(row[key])}" for name, key in phases if key in row and key not in shown]
     if not parts:
         return ""
@@ -237,11 +240,18 @@ def sample_table(step: int, rollouts: Sequence[Rollout], advantages: Advantages)
         lines = [f"reward {rollout.reward:g}", *(_shown_score(part, score) for part, score in rollout.scores.items())]
         lines += [f"answer {clip(rollout.problem.answer, 40)}"]
         lines += [] if advantage is None else [f"advantage {advantage:+.2f}"]
-        lines += [f"{len(rollout.completion.token_ids)} tokens" + (", cut off" if rollout.completion.truncated else "")]
+        lines += [f"{rollout.completion.num_sampled} tokens" + (", cut off" if rollout.completion.truncated else "")]
         text = Text(prompt_tail(rollout.problem.prompt) + "\n", style="dim")
-        text.append(clip(printable(rollout.completion.text), 700), style="not dim")
+        for piece, own in rollout.completion.transcript or ((rollout.completion.text, True),):
+            said = clip(printable(piece), 700)
+            text.append(said if own else f"\n{set_off(said)}\n", style="not dim" if own else "magenta")
         table.add_row(Text(printable("\n".join(lines))), text)
     return table
+
+
+def set_off(text: str) -> str:
+    """What an environment said, with a bar before each line."""
+    return "\n".join(f"│ {line}" for line in text.strip("\n").split("\n"))
 
 
 def printable(text: str) -> str:

@@ -189,7 +189,8 @@ class ProblemSource:
     """An endless, shuffled stream of problems whose position is one number: epoch ``e`` has the order of (seed, e)."""
 
     def __init__(self, problems: Sequence[Problem], seed: int) -> None:
-        self.problems, self.seed, self.position = list(problems), seed, 0
+        self.problems: Sequence[Problem] = list(problems)
+        self.seed, self.position = seed, 0
 
     def take(self, count: int) -> list[Problem]:
         """The next ``count`` problems, all different.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, compress
 from typing import Any, Literal
 
 import torch
@@ -36,6 +37,7 @@ class ModelInputs:
     targets: Int[Tensor, " tokens"]
     attention_mask: Int[Tensor, "rows length"] | None = None  # padded: 1 where there is a token
     tree: Tree | None = None  # packed and shared_prompt: who sees whom in the line
+    kept: tuple[bytes, ...] = ()  # the kept set of each target (``grpo.kept``), if sampling was truncated; they stay on the host
 
     @property
     def attention(self) -> dict[str, Any]:
@@ -43,7 +45,7 @@ class ModelInputs:
         return {"attention_mask": self.attention_mask} if self.tree is None else {"tree": self.tree}
 
     def to(self, device: torch.device) -> ModelInputs:
-        return replace(self, **{name: v.to(device) for name in self.__slots__ if (v := getattr(self, name)) is not None})
+        return replace(self, **{name: v.to(device) for name in self.__slots__ if hasattr(v := getattr(self, name), "to")})
 
 
 @dataclass(slots=True)
@@ -61,11 +63,12 @@ class _Line:
     def complete(self, completion: Completion, last_of_prompt: int) -> None:
         """The shift by one: a completion's first token is predicted by the prompt's last, every other by the one before it.
 
-        So its last token predicts nothing: it is a target and never an input.
+        So its last token predicts nothing: it is a target and never an input. Of an environment's tokens it is the other way round:
+        they are inputs, and nobody's targets.
         """
-        start = len(self.ids)
-        self.write(completion.token_ids[:-1], position=len(completion.prompt_ids))
-        self.gather += [last_of_prompt, *range(start, len(self.ids))]
+        predictors = [last_of_prompt, *range(len(self.ids), len(self.ids) + num_inputs(completion))]
+        self.write(completion.token_ids[: num_inputs(completion)], position=len(completion.prompt_ids))
+        self.gather += compress(predictors, completion.sampled) if completion.sampled else predictors
 
     def inputs(self, rows: Rows, tree: Tree) -> ModelInputs:
         return ModelInputs(
@@ -74,6 +77,7 @@ class _Line:
             gather=torch.tensor(self.gather),
             targets=_targets(rows),
             tree=tree,
+            kept=_kept(rows),
         )
 
 
@@ -90,6 +94,7 @@ def padded(rows: Rows) -> ModelInputs:
         gather=torch.tensor([y * length + x for y, line in enumerate(lines) for x in line.gather]),
         targets=_targets(rows),
         attention_mask=torch.tensor([[1] * len(line.ids) + [0] * (length - len(line.ids)) for line in lines]),
+        kept=_kept(rows),
     )
 
 
@@ -113,7 +118,7 @@ def shared_prompt(rows: Rows) -> ModelInputs:
         last_of_prompt = len(line.ids) - 1
         for rollout in row:
             line.complete(rollout.completion, last_of_prompt)
-    completions = [[len(r.completion.token_ids) - 1 for r in row] for row in rows]
+    completions = [[num_inputs(r.completion) for r in row] for row in rows]
     return line.inputs(rows, build_tree(prefix, [len(prompt) - prefix for prompt in prompts], completions))
 
 
@@ -165,7 +170,7 @@ def rows(batch: Batch, layout: LayoutName | bool, budget: int) -> list[list[int]
         out.append([])
         used = len(prompt)
         for i in members:
-            length = len(batch.rollouts[i].completion.token_ids) - 1
+            length = num_inputs(batch.rollouts[i].completion)
             if out[-1] and used + length > budget:
                 out.append([])
                 used = len(prompt)
@@ -177,7 +182,13 @@ def rows(batch: Batch, layout: LayoutName | bool, budget: int) -> list[list[int]
 def row_length(batch: Batch, row: Sequence[int]) -> int:
     """Input tokens of a row, its whole prompt included."""
     completions = [batch.rollouts[i].completion for i in row]
-    return len(completions[0].prompt_ids) + sum(len(c.token_ids) - 1 for c in completions)
+    return len(completions[0].prompt_ids) + sum(map(num_inputs, completions))
+
+
+def num_inputs(completion: Completion) -> int:
+    """Tokens of a completion that its trained tokens are predicted from: all before the last one that the policy sampled."""
+    behind = next((i for i, own in enumerate(reversed(completion.sampled)) if own), 0)
+    return len(completion.token_ids) - 1 - behind
 
 
 def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
@@ -208,7 +219,14 @@ def _flat(rows: Rows) -> list[Rollout]:
 
 
 def _targets(rows: Rows) -> Tensor:
-    return torch.tensor([token for rollout in _flat(rows) for token in rollout.completion.token_ids])
+    return torch.tensor([token for rollout in _flat(rows) for token in rollout.completion.sampled_ids])
+
+
+def _kept(rows: Rows) -> tuple[bytes, ...]:
+    completions = [rollout.completion for rollout in _flat(rows)]
+    if not any(completion.kept for completion in completions):
+        return ()
+    return tuple(chain.from_iterable(completion.kept or (b"",) * completion.num_sampled for completion in completions))
 
 
 def _name(layout: LayoutName | bool) -> LayoutName:

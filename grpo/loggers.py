@@ -37,6 +37,9 @@ class Logger:
     def phase(self, name: str, done: int | None = None, total: int | None = None) -> None:
         """What the run is doing right now, e.g. ``phase("generating", 87, 128)``; called often, so it must be cheap."""
 
+    def note(self, text: str) -> None:
+        """A line that is worth keeping, and no number of a step: what a check at the start found."""
+
     def finish(self, summary: Mapping[str, Any], failed: bool = False) -> None:
         """Once, at the end. ``failed``: the run ended by an exception."""
 
@@ -63,6 +66,10 @@ class Loggers(Logger):
         for logger in self._loggers:
             logger.phase(name, done, total)
 
+    def note(self, text: str) -> None:
+        for logger in self._loggers:
+            logger.note(text)
+
     def finish(self, summary: Mapping[str, Any], failed: bool = False) -> None:
         """Finish every logger, even if one of them raises."""
         with ExitStack() as stack:
@@ -75,8 +82,6 @@ class JsonlLogger(Logger):
 
     def start(self, config: Mapping[str, Any], run: RunFolder, resumed_from: int | None) -> None:
         self._run = run
-        if resumed_from is not None:
-            run.truncate_metrics(resumed_from)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.append_metrics({"step": step, **metrics})
@@ -138,6 +143,8 @@ class WandbLogger(Logger):
         if self._run is not None:
             self._guard(lambda: self._run.summary.update(dict(summary)))
             self._guard(lambda: self._run.finish(exit_code=int(failed)))
+            if self._warned:  # a service that died would be missed once more, with a traceback, when the interpreter ends
+                self._guard(_end_service)
 
     def _init(self, mode: WandbMode, config: Mapping[str, Any], run: RunFolder) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")  # its login speaks before it reads any settings
@@ -176,6 +183,12 @@ class WandbLogger(Logger):
             self._warned = True
 
 
+def _end_service() -> None:
+    import wandb
+
+    wandb.teardown()
+
+
 def wandb_mode(wanted: WandbMode) -> WandbMode:
     """``auto`` → what ``WANDB_MODE`` says, else ``online`` with an API key, else ``offline``.
 
@@ -206,11 +219,10 @@ def has_wandb_key() -> bool:
 
 
 def _wandb_id(run: RunFolder) -> str:
-    """The W&B run this folder belongs to: made once, found again on resume."""
-    file = run.path / "wandb_id"
-    if not file.is_file():
-        write_text(file, uuid.uuid4().hex[:8])
-    return file.read_text(encoding="utf-8").strip()
+    """The W&B run this folder belongs to: made once, found again on resume. Checkpoints hold it too."""
+    if not run.wandb_id_file.is_file():
+        write_text(run.wandb_id_file, uuid.uuid4().hex[:8])
+    return run.wandb_id_file.read_text(encoding="utf-8").strip()
 
 
 def _wandb_table(groups: Sequence[Group], advantages: Advantages, limit: int) -> Any:

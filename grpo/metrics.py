@@ -6,6 +6,7 @@ is NaN, which the metrics file stores as null: it is not a zero.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
@@ -44,6 +45,8 @@ def rollout_metrics(groups: Sequence[Group], metric: str, weights: Mapping[str, 
         "rollout/solve_none": mean(not any(flags) for flags in solved),
         "rollout/groups_without_signal": mean(not has_signal(group) for group in groups),
         "rollout/unscored": float(sum(not rollout.scored for rollout in rollouts)),
+        "rollout/turns_mean": mean(rollout.completion.num_turns for rollout in rollouts),
+        "rollout/environment_tokens_mean": mean(len(r.completion.token_ids) - r.completion.num_sampled for r in rollouts),
         **_completion_metrics(rollouts),
     }
 
@@ -63,7 +66,7 @@ def eval_metrics(groups: Sequence[Group], metric: str) -> dict[str, float]:
         "eval/pass@1_ci95": bootstrap_half_width(by_problem),
         "eval/problems": float(len(groups)),
         "eval/samples": float(samples),
-        "eval/length_mean": mean(len(rollout.completion.token_ids) for rollout in rollouts),
+        "eval/length_mean": mean(rollout.completion.num_sampled for rollout in rollouts),
         "eval/truncated_share": mean(rollout.completion.truncated for rollout in rollouts),
         "eval/unscored": float(sum(not rollout.scored for rollout in rollouts)),
     }
@@ -185,7 +188,7 @@ def _part_metrics(rollouts: Sequence[Rollout], weights: Mapping[str, float]) -> 
     metrics: dict[str, float] = {}
     for part in reward_parts(rollouts):
         value = mean(part_values(rollouts, part))
-        metrics |= {f"reward/{part}/mean": value, f"reward/{part}/weighted": value * weights[part]}
+        metrics |= {f"reward/{part}/mean": value, f"reward/{part}/weighted": value * weights.get(part, 0.0)}  # 0: only kept
     return metrics
 
 
@@ -202,11 +205,24 @@ def _outcome_counts(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def _completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    """Lengths are those of what the policy sampled, in all turns together."""
+    lengths = [rollout.completion.num_sampled for rollout in rollouts]
     return {
         "completion/length_mean": mean(lengths),
         "completion/length_max": float(max(lengths, default=0)),
-        "completion/terminated_length_mean": mean(len(r.completion.token_ids) for r in rollouts if not r.completion.truncated),
+        "completion/terminated_length_mean": mean(r.completion.num_sampled for r in rollouts if not r.completion.truncated),
         "completion/truncated_share": mean(rollout.completion.truncated for rollout in rollouts),
         "completion/reflection_words": mean(len(_REFLECTION.findall(rollout.completion.text)) for rollout in rollouts),
     }
+
+
+def staleness_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """How many updates old the weights were that sampled the tokens which a policy of ``version`` is about to be trained on."""
+    ages = [
+        version - sampled_by
+        for group in groups
+        for completion in (rollout.completion for rollout in group.rollouts)
+        for sampled_by, own in zip(completion.policy_versions, completion.sampled or itertools.repeat(True), strict=False)
+        if own
+    ]
+    return {"rollout/staleness_mean": sum(ages) / len(ages), "rollout/staleness_max": float(max(ages))} if ages else {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from grpo.batch import Batch, collate
 from grpo.config import Anchor, CombineRewards, Config, ConfigError, EngineName, KLPlace, validate
@@ -40,6 +41,8 @@ class Plan:
     aggregation: FunctionRef
     rewards: tuple[RewardPart, ...]
     problems: FunctionRef
+    environment: FunctionRef
+    environment_weights: Mapping[str, float]  # of the scores that the environment gives
 
     def loss(self) -> Loss:
         in_loss = self.config.algo.kl_in is KLPlace.loss
@@ -67,7 +70,8 @@ class Plan:
 
     @property
     def reward_weights(self) -> dict[str, float]:
-        return {part.name: part.weight for part in self.rewards}
+        """Of the reward parts and of the environment's own scores."""
+        return {part.name: part.weight for part in self.rewards} | dict(self.environment_weights)
 
     @property
     def counted_weights(self) -> dict[str, float]:
@@ -89,6 +93,7 @@ def plan(config: Config) -> Plan:
     kl_coef = kl.pop("coef", 0.0)
     if not (isinstance(kl_coef, (int, float)) and 0 <= kl_coef < math.inf):
         raise ConfigError("algo.kl.coef", f"is {kl_coef!r}, but it must be a finite number of 0 or more", "0.001 is R1's")
+    environment, environment_weights = _environment_node(config)
     made = Plan(
         config=config,
         advantage=resolve(algo.advantage, "algo.advantage", positional=2),
@@ -101,11 +106,14 @@ def plan(config: Config) -> Plan:
         kl=resolve(kl, "algo.kl", positional=2) if kl else None,
         kl_coef=float(kl_coef),
         aggregation=resolve(algo.aggregation, "algo.aggregation", positional=2),
-        rewards=parse_reward_config(config.reward),
+        rewards=parse_reward_config(config.reward) if config.reward else (),
         problems=resolve(config.data.problems, "data.problems", positional=1, provided=("seed",)),
+        environment=resolve(environment, "environment", positional=0),
+        environment_weights=environment_weights,
     )
     check_combination(made)
     check_engine(config)
+    check_environment(made)
     try_loss(made)
     check_model(config.model.path, revision=config.model.revision)
     return made
@@ -137,6 +145,42 @@ def check_combination(made: Plan) -> None:
                 f"{ref.target} weighs π_prox/π_behav, which is always 1 with algo.anchor=behavior",
                 "leave it out: algo.correction={}",
             )
+
+
+def _environment_node(config: Config) -> tuple[dict[str, Any], dict[str, float]]:
+    """``environment`` without its weights, and those."""
+    node = dict(config.environment)
+    weights = node.pop("weights", None) or {}
+    if not isinstance(weights, Mapping):
+        raise ConfigError("environment.weights", f"is {weights!r}; it must be a mapping", "write it as {score: weight}")
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ConfigError(f"environment.weights.{name}", f"{weight!r} is not a finite number", "give a number such as 0.5")
+        if name in config.reward:
+            raise ConfigError(f"environment.weights.{name}", "is also a reward part", "give one of them another name")
+    return node, {str(name): float(weight) for name, weight in weights.items()}
+
+
+def check_environment(made: Plan) -> None:
+    """One environment is made, as each rollout will make one.
+
+    Raises:
+        ConfigError: it cannot be made, is none, or needs a stop string that the recipe does not set.
+    """
+    target, stop = made.environment.target, made.config.rollout.stop
+    try:
+        environment = made.environment.load()()
+    except Exception as error:  # the user's code: anything
+        what = f"{target} cannot be made: {type(error).__name__}: {error}"
+        raise ConfigError("environment", what, "correct its arguments; docs/rollouts.md says what the built-in ones take") from error
+    if missing := [name for name in ("start", "step") if not callable(getattr(environment, name, None))]:
+        raise ConfigError("environment.fn", f"{target} makes something without {' and '.join(missing)}", "see docs/extending.md")
+    if missing := [wanted for wanted in getattr(environment, "stop", ()) if wanted not in stop]:
+        raise ConfigError(
+            "rollout.stop",
+            f"is {list(stop)!r}, but {target} answers turns that end with {' or '.join(map(repr, missing))}",
+            f"set it to {[*stop, *missing]!r}",
+        )
 
 
 def try_loss(made: Plan) -> None:
@@ -263,21 +307,28 @@ def check_gold(found: list[Problem], rewards: tuple[RewardPart, ...]) -> None:
             raise ConfigError(key, what, "correct these rows, or use another reward")
 
 
-def check_sandbox(rewards: tuple[RewardPart, ...]) -> None:
-    """A code reward needs a sandbox that holds on this machine: one is started, and its self-test run.
+def check_sandbox(checked: Plan) -> None:
+    """What runs the policy's programs needs a sandbox that holds on this machine: one is started, and its self-test run.
 
     Raises:
         ConfigError: what the machine lacks and how to get it.
     """
     from grpo.rewards.sandbox import Sandbox, SandboxUnavailable
 
-    for part in rewards:
+    for key, ref in _sandboxed(checked):
+        allow_weak, unsafe = (bool(ref.kwargs.get(name, False)) for name in ("allow_weak", "unsafe"))
+        try:
+            Sandbox(workers=1, allow_weak=allow_weak, unsafe=unsafe).close()
+        except SandboxUnavailable as error:
+            raise ConfigError(key, str(error), "docs/sandbox.md says what each level needs") from error
+
+
+def _sandboxed(checked: Plan) -> Iterator[tuple[str, FunctionRef]]:
+    for part in checked.rewards:
         if part.ref.target == "grpo.rewards.code.code_reward":
-            allow_weak, unsafe = (bool(part.ref.kwargs.get(name, False)) for name in ("allow_weak", "unsafe"))
-            try:
-                Sandbox(workers=1, allow_weak=allow_weak, unsafe=unsafe).close()
-            except SandboxUnavailable as error:
-                raise ConfigError(f"reward.{part.name}", str(error), "docs/sandbox.md says what each level needs") from error
+            yield f"reward.{part.name}", part.ref
+    if checked.environment.target == "grpo.rollouts.python_tool.PythonTool":
+        yield "environment", checked.environment
 
 
 def anchor_paths(checked: Plan) -> None:
@@ -289,5 +340,6 @@ def anchor_paths(checked: Plan) -> None:
     for name, ref in checked.corrections.items():
         algo.correction[name]["fn"] = ref.target
     checked.config.data.problems["fn"] = checked.problems.target
+    checked.config.environment["fn"] = checked.environment.target
     for part in checked.rewards:
         checked.config.reward[part.name]["fn"] = part.ref.target

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from grpo import layouts, memory
+from grpo import fused, layouts, memory
 from grpo.batch import Batch
 from grpo.layouts import LayoutName, ModelInputs
 from grpo.logprobs import head_logprobs
@@ -103,7 +103,8 @@ class HFPolicy:
         self.tokens_per_microbatch, self.logprob_chunk, self.tokenizer = tokens_per_microbatch, logprob_chunk, tokenizer
         self.model = model.to(self.device).train()
         without_noise(model)
-        _check_head(self.model, self.device)
+        check_head(self.model, self.device)
+        fused.fuse(self.model)
         self.plan = plan_layout(self.model, layout)
         self._plan_checked = False
         if self.device.type == "cpu" and type(embedding := self.model.get_input_embeddings()) is nn.Embedding:
@@ -115,7 +116,7 @@ class HFPolicy:
             parameter.data = parameter.data.to(dtype)
             self.masters[name].grad = torch.zeros_like(self.masters[name])
             parameter.register_post_accumulate_grad_hook(self._accumulate(self.masters[name]))
-        self.optimiser = _optimiser(list(self.masters.values()), optim, self.device)
+        self.optimiser = make_optimiser(list(self.masters.values()), optim, self.device)
         _make_state(self.optimiser)
         if self.device.type == "cpu":
             memory.reuse_freed_pages()
@@ -149,7 +150,7 @@ class HFPolicy:
         stats: list[Mapping[str, Stat]] = []
         for part_rows in layouts.microbatches(trained, layout, self.tokens_per_microbatch):
             part = trained.select([i for row in part_rows for i in row])
-            output = loss(self._scores(layouts.lay_out(_of(trained, part_rows), layout)), _to(part, self.device))
+            output = loss(self._scores(layouts.lay_out(_of(trained, part_rows), layout)), to_device(part, self.device))
             output.loss.backward()
             losses.append(output.loss.detach())  # a tensor, as the stats are: to read it here would make a GPU wait
             stats.append(output.stats)
@@ -214,7 +215,7 @@ class HFPolicy:
         ).last_hidden_state
         head = self.model.get_output_embeddings()
         predictors = hidden.flatten(0, 1)[inputs.gather]
-        logprobs, entropy = head_logprobs(head, predictors, inputs.targets, self.temperature, self.logprob_chunk)
+        logprobs, entropy = head_logprobs(head, predictors, inputs.targets, self.temperature, self.logprob_chunk, inputs.kept)
         return TokenScores(logprobs=logprobs, entropy=entropy)
 
     def _step(self, finite: bool) -> Metrics:
@@ -247,7 +248,7 @@ class HFPolicy:
 
 
 @torch.no_grad()
-def _check_head(model: Any, device: torch.device) -> None:
+def check_head(model: Any, device: torch.device) -> None:
     """Log-probs are made from the last hidden states and the head alone, which is not what every model does.
 
     Raises:
@@ -263,7 +264,8 @@ def _check_head(model: Any, device: torch.device) -> None:
         )
 
 
-def _optimiser(parameters: list[nn.Parameter], s: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
+def make_optimiser(parameters: list[nn.Parameter], s: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
+    """The optimiser that the settings name, without a state yet."""
     if s.name == "sgd":
         return torch.optim.SGD(parameters, lr=s.lr, weight_decay=s.weight_decay)
     return torch.optim.AdamW(
@@ -298,7 +300,8 @@ def _of(batch: Batch, rows: Sequence[Sequence[int]]) -> list[list[Rollout]]:
     return [[batch.rollouts[i] for i in row] for row in rows]
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device; its rollouts stay as they are."""
     if device.type == "cpu":
         return batch
     return replace(batch, **{f.name: v.to(device) for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)})  # type: ignore[arg-type]

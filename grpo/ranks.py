@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from grpo.layouts import LayoutName
 from grpo.rollouts.actor import engine_environment
-from grpo.rollouts.pool import _raise_own
+from grpo.rollouts.fleet import raise_own
 from grpo.sharded import MakeModel, RankSettings, ShardedPolicy
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class Ranks:
         self.close()
         if dead or lost:
             raise RuntimeError(self._ended) from error
-        _raise_own(error)
+        raise_own(error)
 
 
 def _error(ref: ObjectRef[Any]) -> Exception | None:

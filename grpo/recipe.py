@@ -120,10 +120,11 @@ def _replacements(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], 
     """
     parsed = OverridesParser.create().parse_overrides(_checked_grammar(overrides))
     whole = [name for name, (default, _) in keys().items() if isinstance(default, dict) and name != "reward"]
+    chosen = [o.key_or_group for o in parsed if o.key_or_group in groups() and isinstance(o.value(), str)]
     single = [name for name in whole if name != "algo.correction"]
     replaced: dict[str, dict[str, Any]] = {}
     for o in parsed:
-        if o.key_or_group in whole and not o.is_sweep_override():
+        if o.key_or_group in whole and o.key_or_group not in chosen and not o.is_sweep_override():
             value = None if o.is_delete() else o.value()
             if value is not None and not isinstance(value, dict):
                 raise ConfigError(o.key_or_group, f"is {value!r}", "write {} or {fn: …}")

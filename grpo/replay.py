@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from grpo.rewards.base import combine
 from grpo.rewards.health import failures
-from grpo.rollouts.collect import Scorer
+from grpo.rollouts.assembly import Scorer
 from grpo.types import Group, Rollout, Score
 
 

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from grpo.console import set_off
 from grpo.metrics import best_and_worst, duration, headline, series
 from grpo.run import RunFolder, write_text
 
@@ -25,7 +26,7 @@ WIDTH, HEIGHT = 360, 180  # of a chart, in SVG units: about its size on a screen
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 24
 NUM_COLORS = 6
 MAX_HOVER_STEPS = 150
-PHASES = ("generate", "reward", "update", "sync", "eval", "checkpoint")
+PHASES = ("generate", "wait", "reward", "update", "sync", "eval", "checkpoint")
 SMOOTH_FROM = 30  # points; below, a curve is drawn as it is
 
 
@@ -301,11 +302,18 @@ def _card(rollout: Mapping[str, Any]) -> str:
     facts = [f"<b>reward {rollout['reward']:g}</b>", *map(html.escape, scores)]
     if rollout["advantage"] is not None:
         facts.append(f"advantage {rollout['advantage']:+.2f}")
-    facts.append(f"{len(rollout['token_ids'])} tokens" + (", cut off" if rollout["finish_reason"] == "length" else ""))
+    own = sum(rollout.get("sampled") or ()) or len(rollout["token_ids"])
+    facts.append(f"{own} tokens" + (", cut off" if rollout["finish_reason"] == "length" else ""))
     return (
         f'<article><p class="facts">{" · ".join(facts)}</p><pre class="prompt">{_shown(rollout["prompt"])}</pre>'
-        f"<pre>{_shown(rollout['completion'])}</pre><p class=\"facts\">answer: {_shown(rollout['answer'])}</p></article>"
+        f"<pre>{_written(rollout)}</pre><p class=\"facts\">answer: {_shown(rollout['answer'])}</p></article>"
     )
+
+
+def _written(rollout: Mapping[str, Any]) -> str:
+    """What the policy wrote; what its environment said between, set off."""
+    pieces = [(piece["text"], piece["own"]) for piece in rollout.get("transcript") or ()] or [(rollout["completion"], True)]
+    return "".join(_shown(text) if own else f'\n<span class="environment">{_shown(set_off(text))}</span>\n' for text, own in pieces)
 
 
 def _details(title: str, file: Path, is_open: bool = False) -> str:
@@ -370,6 +378,7 @@ article { margin-bottom: 14px; } .facts { margin: 0 0 8px; font-size: 13px; colo
 .facts b { color: var(--ink); }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 article pre { max-height: 26em; overflow: auto; }
+article .environment { color: var(--soft); }
 article pre.prompt { color: var(--soft); max-height: 9.5em; padding-bottom: 8px; margin-bottom: 8px; border-bottom: 1px solid var(--rule); }
 details { margin-top: 16px; } summary { cursor: pointer; font-weight: 600; } details pre { margin-top: 10px; }
 """

@@ -37,10 +37,13 @@ def rollout_table(
         "prompt": pa.array([_utf8(r.problem.prompt) for r in rollouts], pa.string()),
         "answer": pa.array([_utf8(r.problem.answer) for r in rollouts], pa.string()),
         "completion": pa.array([_utf8(r.completion.text) for r in rollouts], pa.string()),
+        "transcript": pa.array([_pieces(r.completion) for r in rollouts], _piece_lists()),
         "prompt_ids": pa.array([r.completion.prompt_ids for r in rollouts], pa.list_(pa.int32())),
         "token_ids": pa.array([r.completion.token_ids for r in rollouts], pa.list_(pa.int32())),
         "behavior_logprobs": pa.array([r.completion.logprobs for r in rollouts], pa.list_(pa.float32())),
+        "kept": pa.array([r.completion.kept for r in rollouts], pa.list_(pa.binary())),
         "policy_versions": pa.array([r.completion.policy_versions for r in rollouts], pa.list_(pa.int32())),
+        "sampled": pa.array([r.completion.sampled for r in rollouts], pa.list_(pa.bool_())),
         "finish_reason": pa.array([str(r.completion.finish_reason) for r in rollouts], pa.string()),
         "reward": pa.array([r.reward for r in rollouts], pa.float64()),
         "advantage": pa.array([advantages.get(rollout_key(r)) for r in rollouts], pa.float64()),
@@ -108,10 +111,24 @@ def _rollout(row: Mapping[str, Any], columns: Mapping[str, Any]) -> Rollout:
             logprobs=tuple(row["behavior_logprobs"]),
             policy_versions=tuple(row["policy_versions"]),
             finish_reason=FinishReason(row["finish_reason"]),
+            sampled=tuple(row.get("sampled") or ()),
+            transcript=tuple((piece["text"], piece["own"]) for piece in row.get("transcript") or ()),
+            kept=tuple(row.get("kept") or ()),  # a run of an older version has no such column
         ),
         scores=parts_of(row),
         reward=math.nan if row["reward"] is None else row["reward"],
     )
+
+
+def _pieces(completion: Completion) -> list[dict[str, Any]]:
+    return [{"text": _utf8(text), "own": own} for text, own in completion.transcript]
+
+
+def _piece_lists() -> pa.DataType:
+    """Pieces of text in order, and whether the policy wrote each; empty where ``completion`` is all there is."""
+    import pyarrow as pa
+
+    return pa.list_(pa.struct([("text", pa.string()), ("own", pa.bool_())]))
 
 
 def _utf8(text: str) -> str:

@@ -6,15 +6,20 @@ A crash may happen at any byte, so each file is either replaced whole (written b
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +36,19 @@ if TYPE_CHECKING:
 RolloutFolder = Literal["rollouts", "eval"]
 
 PACKAGES = ("grpo-toolkit", "torch", "vllm", "ray", "transformers", "wandb")
+
+# Columns of the metrics that the clock and the machine's faults decide. All others are the same whenever a run is made again exactly.
+MEASURED = ("time/", "throughput/", "engine/")
+
+
+class StorageError(OSError):
+    """The run folder cannot be written. Says where, why and what to do; what was saved before is untouched."""
+
+    def __init__(self, path: Path, cause: OSError) -> None:
+        reason = cause.strerror or str(cause)
+        super().__init__(f"run.dir: cannot write {str(path)!r}: {reason}\n  → {_remedy(path, cause)}; what was saved is whole")
+        self.errno = cause.errno
+
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +136,55 @@ class RunFolder:
     def write_objective(self, markdown: str) -> None:
         write_text(self.objective_file, markdown)
 
-    def write_environment(self) -> None:
-        """Record the machine, the versions and the command of this start; a resumed run overwrites it with its own."""
-        write_text(self.environment_file, json.dumps(environment(), indent=2, ensure_ascii=False) + "\n")
+    @property
+    def wandb_id_file(self) -> Path:
+        return self.path / "wandb_id"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While entered, no other process trains in this folder. A process that dies lets go of it.
+
+        Raises:
+            ConfigError: another one does.
+            StorageError: the folder cannot be written.
+        """
+        with storage(self.path):
+            file = (self.path / ".lock").open("a")
+        with file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise ConfigError("run", f"another process trains in {str(self.path)!r}", "wait for its end, or stop it") from None
+                # else: a file system without locks
+            yield
+
+    def write_environment(self, record: Mapping[str, Any]) -> None:
+        """Record what ``environment()`` gives at this start; a resumed run overwrites it with its own."""
+        write_text(self.environment_file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+    def read_environment(self) -> dict[str, Any]:
+        """What ``write_environment`` wrote; empty if it is not there or damaged: it is a record, no part of the training."""
+        try:
+            record: dict[str, Any] = json.loads(self.environment_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return record
 
     def append_metrics(self, row: Mapping[str, float]) -> None:
-        """Add one line to ``metrics.jsonl``. JSON knows no NaN and no infinity: they become null."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        """Add one line to ``metrics.jsonl``. JSON knows no NaN and no infinity: they become null.
+
+        Raises:
+            StorageError: the disk is full, or the folder cannot be written.
+        """
+        with storage(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(_format_row(row))
+
+    def sync_metrics(self) -> None:
+        """Have the rows so far on disk: they survive the machine now, not only the process."""
+        if self.metrics_file.exists():
+            with storage(self.metrics_file):
+                sync(self.metrics_file)
 
     def read_metrics(self) -> list[dict[str, float]]:
         """The rows of ``metrics.jsonl`` (null → NaN), without the last one if a crash left it half written.
@@ -145,14 +204,46 @@ class RunFolder:
                 pass  # what a crash leaves: the step is not in a checkpoint either
         return rows
 
-    def truncate_metrics(self, step: int) -> None:
-        """Forget what was recorded after ``step``: a run that resumes from its checkpoint will record it again."""
-        write_text(self.metrics_file, "".join(_format_row(row) for row in self.read_metrics() if row["step"] <= step))
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this folder: where its metrics end, and the W&B run it belongs to."""
+        return {
+            "metrics_bytes": self.metrics_file.stat().st_size if self.metrics_file.exists() else 0,
+            "wandb_id": self.wandb_id_file.read_text(encoding="utf-8") if self.wandb_id_file.is_file() else None,
+        }
+
+    def rewind(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Forget what was recorded after ``step`` or half written: a run that goes on from its checkpoint will record it again.
+
+        Args:
+            facts: what ``facts()`` was when the checkpoint was written; empty: unknown. What is missing since is put back or warned of.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        rows = self.read_metrics()
+        size = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        if size < facts.get("metrics_bytes", 0):
+            warnings.warn(f"{self.metrics_file} is shorter than it was at step {step}: rows of earlier steps are lost", stacklevel=2)
+        if facts.get("wandb_id") and not self.wandb_id_file.is_file():
+            write_text(self.wandb_id_file, facts["wandb_id"])
+        self._write_metrics([row for row in rows if row["step"] <= step])
         folders: tuple[RolloutFolder, ...] = ("rollouts", "eval")
-        for folder in folders:
-            for later in self.rollout_steps(folder):
-                if later > step:
-                    self.rollout_file(later, folder).unlink()
+        with storage(self.path):
+            for place in (self.path, *(self.path / folder for folder in folders)):
+                for unfinished in place.glob(".*.tmp"):
+                    unfinished.unlink()
+            for folder in folders:
+                for later in self.rollout_steps(folder):
+                    if later > step:
+                        self.rollout_file(later, folder).unlink()
+
+    def drop_metrics(self, step: int) -> None:
+        """Take out the row of a step that is about to be recorded again, whole."""
+        self._write_metrics([row for row in self.read_metrics() if row["step"] != step])
+
+    def _write_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
+        if self.metrics_file.exists():
+            write_text(self.metrics_file, "".join(map(_format_row, rows)))
 
     def rollout_file(self, step: int, folder: RolloutFolder = "rollouts") -> Path:
         return self.path / folder / f"{_step_name(step)}.parquet"
@@ -209,19 +300,60 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a temporary file beside ``path``, sync it to disk, and rename it: readers see the old or the new file."""
+    """Let ``write`` make a temporary file beside ``path``, sync it to disk, and rename it: readers see the old or the new file.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written; the old file is untouched.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage(path):
+        try:
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)  # the rename itself
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Turn what the disk says about ``path`` into a ``StorageError``."""
     try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(path, error) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)  # the rename itself
+        os.close(descriptor)
 
 
-def environment() -> dict[str, Any]:
-    """The machine, the versions, the command: what a reader needs to judge the numbers. Imports none of the packages."""
+def _remedy(path: Path, cause: OSError) -> str:
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        free = shutil.disk_usage(there).free / 2**20
+        return f"{free:,.0f} MiB are free there: make room, or keep fewer checkpoints (run.keep_checkpoints), and go on"
+    if cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "make the folder writable, or copy it to a place that is and go on with the copy"
+    if cause.errno == errno.EFBIG:
+        return "a file may not grow so large here: raise the limit (ulimit -f), and go on"
+    return "see to the disk, and go on"
+
+
+def environment(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """The machine, the versions, the command: what a reader needs to judge the numbers. Imports none of the packages.
+
+    Args:
+        conditions: what the bits of the run rest on, as ``grpo.conditions`` has them.
+    """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -233,6 +365,7 @@ def environment() -> dict[str, Any]:
         "gpus": list(_gpu_models()),
         "packages": {package: _version(package) for package in PACKAGES},
         "git_commit": _git_commit(),
+        "conditions": dict(conditions),
     }
 
 
@@ -314,10 +447,3 @@ def _make_unique(parent: Path, name: str) -> Path:
         else:
             return path
 
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

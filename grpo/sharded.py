@@ -24,12 +24,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from grpo import layouts, memory, model_support
+from grpo import fused, layouts, memory, model_support
 from grpo.batch import Batch
 from grpo.layouts import LayoutName, ModelInputs
 from grpo.logprobs import head_logprobs
 from grpo.losses import Loss, Stat, TokenScores, merge
-from grpo.policy import OptimSettings, _check_head, _optimiser, _to, learning_rate
+from grpo.policy import OptimSettings, check_head, learning_rate, make_optimiser, to_device
 from grpo.rollouts.weights import PackedWeights, Spec
 from grpo.types import Completion, FinishReason, Problem, Rollout
 
@@ -88,7 +88,7 @@ class Scorer(nn.Module):
             input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=False, **inputs.attention
         ).last_hidden_state
         head = self.model.get_output_embeddings()
-        return head_logprobs(head, hidden.flatten(0, 1)[inputs.gather], inputs.targets, self.temperature)
+        return head_logprobs(head, hidden.flatten(0, 1)[inputs.gather], inputs.targets, self.temperature, kept=inputs.kept)
 
 
 class ShardedPolicy:
@@ -102,22 +102,23 @@ class ShardedPolicy:
     def __init__(self, make_model: MakeModel, settings: RankSettings) -> None:
         self.settings = settings
         self.device = torch.device(settings.device)
-        if self.device.type == "cpu":
-            memory.reuse_freed_pages()
         self.mesh = init_device_mesh(settings.device, (dist.get_world_size(),))
         self.is_first = dist.get_rank() == 0
         self.model = make_model(empty=True).train()
         for parameter in self.model.parameters():  # parameters only: rotary frequencies and other buffers keep their precision
             parameter.data = parameter.data.to(settings.master_dtype)
         model_support.without_noise(self.model)
+        fused.fuse(self.model)
         self.scorer = Scorer(self.model, settings.temperature)
         shard(self.scorer, self.mesh, settings)
         source = make_model(empty=False) if self.is_first else None
         fill(self.model, source, self.device)
         self.skeleton = None if source is None else source.to(device="meta", dtype=settings.dtype)  # knows how its folder is written
+        if self.device.type == "cpu":
+            memory.reuse_freed_pages()
         self.masters = {name: cast(DTensor, parameter) for name, parameter in self.model.named_parameters()}
         self.plan = model_support.plan_layout(self.model, settings.layout)
-        self.optimiser = _optimiser(cast(list[nn.Parameter], list(self.masters.values())), settings.optim, self.device)
+        self.optimiser = make_optimiser(cast(list[nn.Parameter], list(self.masters.values())), settings.optim, self.device)
         self.num_updates = self.num_skipped = 0
         self.loss: Loss | None = None
         self.kept: dict[int, dict[str, DTensor]] = {}
@@ -167,7 +168,7 @@ class ShardedPolicy:
                 (0 * logprobs.sum()).backward()
                 continue
             piece = part.select([i for row in some for i in row])
-            output = self.loss(TokenScores(logprobs=logprobs, entropy=entropy), _to(piece, self.device))
+            output = self.loss(TokenScores(logprobs=logprobs, entropy=entropy), to_device(piece, self.device))
             output.loss.backward()
             total += output.loss.detach()
             stats.append(output.stats)
@@ -330,11 +331,11 @@ def fill(model: nn.Module, source: Any, device: torch.device) -> None:
     """Give a sharded model without weights those of ``source``, a whole model that rank 0 alone has, a tensor at a time.
 
     Raises:
-        ValueError: the two models are not the same, or the model cannot be trained here (see ``_check_head``).
+        ValueError: the two models are not the same, or the model cannot be trained here (see ``check_head``).
     """
     if source is not None:  # an error of rank 0 ends them all
         model_support.without_noise(source)
-        _check_head(source, torch.device("cpu"))
+        check_head(source, torch.device("cpu"))
         _check_same(_shapes(model), _shapes(source))
     model.to_empty(device=device)
     weights = dict(source.named_parameters()) if source is not None else {}

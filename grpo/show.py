@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from grpo.config import ConfigError
-from grpo.console import printable, prompt_tail
+from grpo.console import printable, prompt_tail, set_off
 from grpo.rollout_table import parts_of
 from grpo.run import RolloutFolder, RunFolder
 from grpo.types import Outcome
@@ -93,15 +93,27 @@ def _print_rollout(row: Row, choice: Choice, console: Console) -> None:
     if row["advantage"] is not None:
         facts.append(f"advantage {row['advantage']:+.3g}")
     versions = sorted(set(row["policy_versions"]))
-    facts += [f"{len(row['token_ids'])} tokens, {'cut off' if row['finish_reason'] == 'length' else 'finished'}"]
+    facts += [f"{_tokens(row)}, {'cut off' if row['finish_reason'] == 'length' else 'finished'}"]
     facts += [f"weights of step {_ranges(versions)}" if versions else "no tokens", f"answer {printable(row['answer'])[:80]}"]
     console.print(" · ".join(facts), style="cyan", markup=False, highlight=False)
     prompt = printable(row["prompt"]) if choice.whole else prompt_tail(row["prompt"])
     console.print(prompt, style="dim", end="", markup=False, highlight=False)
-    console.print(printable(row["completion"]), markup=False, highlight=False)
+    for text, own in pieces(row):
+        console.print(printable(text) if own else set_off(printable(text)), style="" if own else "magenta", markup=False, highlight=False)
     for part, score in parts_of(row).items():
         if score.detail:
             console.print(f"{part}: {printable(score.detail)}", style="yellow" if score.outcome is not Outcome.ok else "dim", markup=False)
+
+
+def pieces(row: Row) -> list[tuple[str, bool]]:
+    """The completion's text in order, and whether the policy wrote each piece."""
+    return [(piece["text"], piece["own"]) for piece in row.get("transcript") or ()] or [(row["completion"], True)]
+
+
+def _tokens(row: Row) -> str:
+    own = row.get("sampled") or ()
+    others = len(own) - sum(own)
+    return f"{len(row['token_ids']) - others} tokens" + (f" and {others} of the environment" if others else "")
 
 
 def _by_reward(sign: int) -> Callable[[Row], tuple[bool, float]]:

@@ -7,43 +7,65 @@ and collected by problem id, completions without signal cost no compute, and the
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from grpo import checkpoint
+from grpo import checkpoint, randomness
 from grpo.batch import Batch
-from grpo.data import ProblemSource
 from grpo.interrupt import StopSignal
 from grpo.learner import Learner
 from grpo.loggers import Logger
-from grpo.metrics import eval_metrics, has_signal, rollout_metrics
+from grpo.metrics import eval_metrics, has_signal, rollout_metrics, staleness_metrics
 from grpo.rewards.health import RewardFailure, UnscoredStop
 from grpo.rollout_table import rollout_key
-from grpo.rollouts.base import SyncReport
 from grpo.rollouts.dynamic import Draw, draw_groups
 from grpo.run import RunFolder
 from grpo.types import Group, Problem
+from grpo.weight_sync import WeightSync
 
 Metrics = dict[str, float]
 
 
 class Collector(Protocol):
-    """Problems → scored groups, and the times it took."""
+    """Where the groups of a step come from: ``grpo.rollouts.collect``, or ``grpo.rollouts.paced``, which samples ahead."""
 
-    def collect(self, problems: Sequence[Problem], step: int) -> tuple[Group, ...]: ...
+    def take(self, count: int) -> Sequence[Problem]:
+        """The next problems."""
+        ...
+
+    def collect(self, problems: Sequence[Problem], step: int) -> tuple[Group, ...]:
+        """Their scored groups."""
+        ...
+
+    def used(self) -> None:
+        """All that was taken is trained on."""
+        ...
+
+    def resting(self) -> AbstractContextManager[None]:
+        """Meanwhile the engine is free for other work, such as new weights."""
+        ...
+
+    def metrics(self) -> Metrics: ...
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: the place in the data, and what was sampled and not yet trained on."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
 
     @property
     def timings(self) -> Metrics: ...
 
 
-class TakesWeights(Protocol):
-    """An engine as the loop sees it."""
+Evaluate = Callable[[int], tuple[Group, ...]]  # step → scored groups of all held-out problems
 
-    def load_weights(self, weights: Any, version: int) -> SyncReport: ...
+
+class Counts(Protocol):
+    """An engine as the loop sees it."""
 
     def metrics(self) -> Metrics: ...
 
@@ -68,11 +90,10 @@ class Trainer:
     settings: Settings
     run: RunFolder
     learner: Learner
-    engine: TakesWeights
+    engine: Counts
+    weights: WeightSync
     collector: Collector
-    evaluator: Collector
-    source: ProblemSource
-    heldout: Sequence[Problem]
+    evaluator: Evaluate | None  # None: there is nothing held out
     reward_weights: dict[str, float]
     graders: UnscoredStop
     logger: Logger
@@ -82,38 +103,38 @@ class Trainer:
     synced_version: int = -1
     times: Metrics = field(default_factory=dict)
     synced: Metrics = field(default_factory=dict)  # what was proven of the last weights that were sent
+    row: Metrics = field(default_factory=dict)  # the metrics of the last step, as far as they are known
 
     def train(self, stop: StopSignal) -> None:
         """Go on until ``settings.steps``; on ``Interrupted`` what is done is saved before it travels on."""
         s, started, before, whole = self.settings, time.monotonic(), self.elapsed, True
         try:
-            if self.evaluation_due() and not self.evaluated():  # at the start; or cut off when the run was stopped
-                self.logger.log(self.step, self.evaluate(stop))
+            self.make_up(stop)
             for step in range(self.step + 1, s.steps + 1):
-                self.times, begin, position = {}, time.monotonic(), self.source.position
-                try:
-                    with stop.anywhere():
-                        self.sync()
-                        drawn = self.draw(step)
-                    self.check_graders(drawn.all, step)
-                except BaseException:
-                    self.source.position = position  # these problems were not trained on: resume draws them again
-                    raise
+                self.times, begin = {}, time.monotonic()
+                with stop.anywhere():
+                    self.sync()
+                    drawn = self.draw(step)
+                self.check_graders(drawn.all, step)
                 whole = False  # from here on the policy may be half a step ahead
                 with self.timed("update"):
                     batch, updates = self.learner.learn(drawn.kept, self.logger.phase)
-                self.step, whole = step, True
+                self.collector.used()
+                self.step = step
                 metrics = rollout_metrics(drawn.all, s.eval_metric, self.reward_weights) | updates | self.draw_metrics(drawn)
+                self.record(drawn, batch)
+                whole = True  # and its rollouts are on disk
                 try:
-                    self.record(drawn, batch)
                     self.elapsed = before + time.monotonic() - started
+                    self.row = metrics | self.progress(drawn.all, time.monotonic() - begin)
                     if step == s.steps or (s.checkpoint_every and step % s.checkpoint_every == 0):
                         self.save()  # before the evaluation: whatever happens there, the step is not lost
                     if self.evaluation_due():
                         metrics |= self.evaluate(stop)
                 finally:  # the step is done: it is on record even if its evaluation was cut off
                     self.elapsed = before + time.monotonic() - started
-                    self.logger.log(step, metrics | self.progress(drawn.all, time.monotonic() - begin))
+                    self.row = metrics | self.progress(drawn.all, time.monotonic() - begin)
+                    self.logger.log(step, self.row)
                 stop.check()
         except BaseException:
             if whole and self.step and self.step not in checkpoint.steps(self.run):
@@ -129,7 +150,7 @@ class Trainer:
                 self.times[name] = self.times.get(name, 0.0) + seconds
             return groups
 
-        return draw_groups(collect, self.source.take, self.has_signal, self.settings.problems_per_step, self.settings.sampling_rounds)
+        return draw_groups(collect, self.collector.take, self.has_signal, self.settings.problems_per_step, self.settings.sampling_rounds)
 
     def has_signal(self, group: Group) -> bool:
         """Where advantages are taken part by part, one part that differs is enough."""
@@ -139,6 +160,7 @@ class Trainer:
     def draw_metrics(self, drawn: Draw) -> Metrics:
         """What was left out of the update, and why: counted, so that nothing is biased in silence."""
         metrics = {"rollout/drawn_groups": float(len(drawn.all)), "rollout/dropped_groups": float(len(drawn.dropped))}
+        metrics |= staleness_metrics(drawn.kept, self.step - 1)
         if self.learner.mask_truncated:
             metrics["rollout/masked_truncated"] = float(sum(r.completion.truncated for g in drawn.kept for r in g.rollouts))
         return metrics
@@ -154,24 +176,33 @@ class Trainer:
     def sync(self) -> None:
         """Give the engine the policy's weights unless it has them. The version is the number of steps behind them."""
         if self.synced_version != self.step:
-            with self.timed("sync"):
-                self.logger.phase("loading weights")
-                self.synced = self.engine.load_weights(self.learner.policy.weights(), version=self.step).metrics()
+            with self.collector.resting(), self.timed("sync" if self.weights.tested else "self_test"):
+                self.logger.phase("loading weights" if self.weights.tested else "testing how weights reach the engine")
+                self.synced = self.weights.send(version=self.step)
                 self.synced_version = self.step
 
     def evaluation_due(self) -> bool:
         every = self.settings.eval_every
-        return bool(self.heldout) and (self.step in (0, self.settings.steps) or bool(every and self.step % every == 0))
+        return self.evaluator is not None and (self.step in (0, self.settings.steps) or bool(every and self.step % every == 0))
 
-    def evaluated(self) -> bool:
-        return any(row.get("step") == self.step and "eval/pass@1" in row for row in self.run.read_metrics())
+    def make_up(self, stop: StopSignal) -> None:
+        """What the present step lacks: the evaluation at the start; or, stopped after its checkpoint, its evaluation and its row."""
+        rows = self.run.read_metrics()
+        self.best = max((row["eval/pass@1"] for row in rows if row.get("eval/pass@1", -1.0) >= 0), default=-1.0)
+        recorded = next((row for row in rows if row["step"] == self.step), {})
+        missing = self.evaluation_due() and "eval/pass@1" not in recorded
+        if missing or (self.row and not recorded):
+            whole = self.row | (self.evaluate(stop) if missing else {})
+            self.run.drop_metrics(self.step)
+            self.logger.log(self.step, whole)
 
     def evaluate(self, stop: StopSignal) -> Metrics:
+        assert self.evaluator is not None
         with stop.anywhere():
             self.sync()
-            with self.timed("eval"):
-                groups = self.evaluator.collect(self.heldout, self.step)
-        metrics = eval_metrics(groups, self.settings.eval_metric)
+            with self.timed("eval"), self.collector.resting():
+                groups = self.evaluator(self.step)
+        metrics = eval_metrics(groups, self.settings.eval_metric) | {"policy/version": float(self.synced_version)}
         self.run.write_rollouts(self.step, groups, folder="eval")
         if metrics["eval/pass@1"] > self.best:
             checkpoint.save_model(self.learner.policy, self.run.best_checkpoint)
@@ -192,31 +223,34 @@ class Trainer:
         with self.timed("checkpoint"):
             self.logger.phase("saving")
             state = {
-                "position": self.source.position,
+                "collector": self.collector.state(),
                 "elapsed": self.elapsed,
                 "learner": self.learner.state(),
                 "graders": self.graders.state(),
+                "row": self.row,
             }
             checkpoint.save(self.run, self.step, self.learner.policy, state, self.settings.keep_checkpoints)
 
     def restore(self, step: int) -> None:
-        """Go on from the checkpoint of ``step``."""
+        """Go on from the checkpoint of ``step``; call it last, for it restores the random states too."""
         state = checkpoint.load(self.run, step)
         self.learner.policy.load_state(state["policy"])
-        self.step, self.source.position = state["step"], state["position"]
+        self.step = state["step"]
+        self.collector.load_state(state["collector"])
         self.elapsed = state["elapsed"]
         self.learner.load_state(state["learner"])
         self.graders.load_state(state["graders"])
-        self.best = max((row["eval/pass@1"] for row in self.run.read_metrics() if row.get("eval/pass@1", -1.0) >= 0), default=-1.0)
+        self.row = state["row"]
+        randomness.restore(state["random"])
 
     def progress(self, groups: Sequence[Group], seconds: float) -> Metrics:
-        tokens = sum(len(r.completion.token_ids) for g in groups for r in g.rollouts)
+        tokens = sum(r.completion.num_sampled for g in groups for r in g.rollouts)
         times = {f"time/{name}": value for name, value in self.times.items()}
-        return times | self.synced | self.engine.metrics() | {
+        return times | self.synced | self.engine.metrics() | self.collector.metrics() | {
             "time/step": seconds,
             "time/elapsed": self.elapsed,
             "throughput/problems_per_s": len(groups) / seconds,
-            "throughput/tokens_per_s_generate": tokens / max(self.times.get("generate", 0.0), 1e-9),
+            "throughput/tokens_per_s_generate": tokens / max(self.times.get("generate", seconds), 1e-9),
             "progress/steps": float(self.settings.steps),
             "policy/version": float(self.synced_version),
         }
@@ -226,3 +260,4 @@ class Trainer:
         start = time.monotonic()
         yield
         self.times[name] = self.times.get(name, 0.0) + time.monotonic() - start
+

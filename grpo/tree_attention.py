@@ -59,21 +59,9 @@ class Blocks:
         real = positions < ends
         return cls(positions.where(real, length), positions[real], real.flatten().nonzero().flatten())
 
-    def take(self, line: Tensor, kv_heads: int) -> Tensor:
-        """[length + 1, heads, size] → [blocks · kv_heads, heads a kv head · width, size]: heads that share a key are more rows of it."""
-        blocks, width = self.positions.shape
-        values = line.index_select(0, self.positions.flatten()).view(blocks, width, kv_heads, -1, line.shape[-1])
-        return values.permute(0, 2, 3, 1, 4).reshape(blocks * kv_heads, -1, line.shape[-1])
-
-    def give(self, values: Tensor, heads: int) -> Tensor:
-        """The way back, for the positions ``line``: values as ``take`` returns them → [tokens, heads, size], the padding dropped."""
-        blocks, width = self.positions.shape
-        by_token = values.view(blocks, heads, width, -1).transpose(1, 2).reshape(blocks * width, heads, -1)
-        return by_token.index_select(0, self.flat) if len(self.flat) < len(by_token) else by_token
-
-    def add(self, line: Tensor, values: list[Tensor]) -> None:
-        """Add to the line what ``give`` makes of the values, chunk behind chunk; a token may stand in several blocks."""
-        line.index_add_(0, self.line, self.give(torch.cat(values), line.shape[1]).to(line.dtype))
+    def rows(self, heads: int) -> Int[Tensor, " rows"]:
+        """Of a line [length + 1, heads, …] flattened to a row a token and head: what these blocks hold, in order [blocks, heads, width]."""
+        return (self.positions[:, None] * heads + torch.arange(heads)[:, None]).flatten()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +73,7 @@ class Part:
     causal: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tree:
     """How a line of tokens is to be attended to."""
 
@@ -174,51 +162,105 @@ class _ByParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float) -> Tensor:
-        heads, kv_heads, exact = query.shape[1], key.shape[1], torch.promote_types(query.dtype, torch.float32)
+        exact = torch.promote_types(query.dtype, torch.float32)
+        rows = _rows(tree, query.shape[1], key.shape[1])
         query_line, key_line, value_line = _queries(query * scaling), _keys(key), F.pad(value, (0, 0, 0, 0, 0, 1))
-        blocks = [(part.queries.take(query_line, kv_heads), part.keys.take(key_line, kv_heads)) for part in tree.parts]
-        highest = query.new_full((*query.shape[:2], 1), -torch.inf)
-        for part, (q, k) in zip(tree.parts, blocks, strict=True):
-            mine = part.queries.give(torch.cat([_largest(scores) for _, scores in _scores(part, q, k)]), heads)
-            highest.scatter_reduce_(0, part.queries.line[:, None, None].expand_as(mine), mine, "amax")  # some tokens are there twice
+        blocks = [(part, part.queries(query_line), part.keys(key_line)) for part in rows.parts]
+        largest = [_largest(scores).flatten() for part, q, k in blocks for _, scores in _scores(part, q, k)]
+        highest = torch.cat([*largest, query.new_full((1,), -torch.inf)])[rows.query_places].amax(-1).view(*query.shape[:2], 1)
         offset = F.pad(highest, (0, 0, 0, 0, 0, 1))
-        out, total = query.new_zeros((*query.shape[:2], value.shape[-1]), dtype=exact), torch.zeros_like(highest, dtype=exact)
-        for part, (q, k) in zip(tree.parts, blocks, strict=True):
-            q[..., -3:-2] = -part.queries.take(offset, kv_heads)
-            v = part.keys.take(value_line, kv_heads)
-            outs, sums = [], []
+        outs, sums = [], []
+        for part, q, k in blocks:
+            q[..., -3:-2] = -part.queries(offset)
+            v = part.keys(value_line)
             for some, scores in _scores(part, q, k):
                 p = scores.exp_()
                 outs.append(p @ v[some])
                 sums.append(p.sum(-1, keepdim=True, dtype=exact))
-            part.queries.add(out, outs)
-            part.queries.add(total, sums)
-        out = out.div_(total).to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, total.log_().add_(highest))
-        ctx.tree, ctx.scaling = tree, scaling
+        both = [torch.cat([part.to(exact), total], -1) for part, total in zip(outs, sums, strict=True)]
+        out, total = _summed(both, rows.query_places, query.shape[1]).split((value.shape[-1], 1), -1)
+        out = (out / total).to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, total.log().add_(highest))
+        ctx.rows, ctx.scaling = rows, scaling
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, out, log_total = ctx.saved_tensors
-        grad, kv_heads, exact = grads[0], key.shape[1], log_total.dtype
+        grad, rows = grads[0], ctx.rows
         query_line, key_line, value_line = _queries(query * ctx.scaling, -log_total), _keys(key), _keys(value)
-        grad_line = _queries(grad, -(grad.to(exact) * out).sum(-1, keepdim=True))
-        grad_query, grad_key, grad_value = (torch.zeros_like(line, dtype=exact) for line in (query, key, value))
-        for part in ctx.tree.parts:
-            q, g = part.queries.take(query_line, kv_heads), part.queries.take(grad_line, kv_heads)
-            k, v = part.keys.take(key_line, kv_heads), part.keys.take(value_line, kv_heads)
-            into_q, into_k, into_v = [], [], []
+        grad_line = _queries(grad, -(grad.to(log_total.dtype) * out).sum(-1, keepdim=True))
+        into_query, into_key, into_value = [], [], []
+        for part in rows.parts:
+            q, g, k, v = part.queries(query_line), part.queries(grad_line), part.keys(key_line), part.keys(value_line)
             for some, scores in _scores(part, q, k):
                 p = scores.exp_()
-                into_v.append(p.mT @ g[some, :, :-3])
+                into_value.append(p.mT @ g[some, :, :-3])
                 into_scores = torch.bmm(g[some], v[some].mT).mul_(p)
-                into_q.append(into_scores @ k[some, :, :-3])
-                into_k.append(into_scores.mT @ q[some, :, :-3])
-            part.queries.add(grad_query, into_q)
-            part.keys.add(grad_key, into_k)
-            part.keys.add(grad_value, into_v)
-        return grad_query.mul_(ctx.scaling).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+                into_query.append(into_scores @ k[some, :, :-3])
+                into_key.append(into_scores.mT @ q[some, :, :-3])
+        grad_query = _summed(into_query, rows.query_places, query.shape[1]).mul_(ctx.scaling)
+        grad_key, grad_value = (_summed(values, rows.key_places, key.shape[1]) for values in (into_key, into_value))
+        return grad_query, grad_key, grad_value, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class _PartRows:
+    """A part in rows of flattened lines: [blocks · kv_heads, rows a block], the queries of heads that share a key one behind the other."""
+
+    query_rows: Int[Tensor, " rows"]
+    key_rows: Int[Tensor, " rows"]
+    blocks: int  # times the number of kv heads
+    causal: bool
+
+    def queries(self, line: Float[Tensor, "length_1 heads size"]) -> Float[Tensor, "blocks rows size"]:
+        return line.flatten(0, 1).index_select(0, self.query_rows).view(self.blocks, -1, line.shape[-1])
+
+    def keys(self, line: Float[Tensor, "length_1 kv_heads size"]) -> Float[Tensor, "blocks rows size"]:
+        return line.flatten(0, 1).index_select(0, self.key_rows).view(self.blocks, -1, line.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """``places`` say, for each row of a line, where it stands among the rows of all parts laid one behind the other."""
+
+    parts: tuple[_PartRows, ...]
+    query_places: Int[Tensor, "rows most"]
+    key_places: Int[Tensor, "rows most"]
+
+
+@functools.lru_cache(maxsize=2)  # every layer asks for the same, forward and backward
+def _rows(tree: Tree, heads: int, kv_heads: int) -> _Rows:
+    parts = tuple(
+        _PartRows(part.queries.rows(heads), part.keys.rows(kv_heads), len(part.queries.positions) * kv_heads, part.causal)
+        for part in tree.parts
+    )
+    length = len(tree.seen_until)
+    queries, keys = [part.queries for part in tree.parts], [part.keys for part in tree.parts]
+    return _Rows(parts, _places(queries, heads, length), _places(keys, kv_heads, length))
+
+
+def _places(all_blocks: Sequence[Blocks], heads: int, length: int) -> Int[Tensor, "rows most"]:
+    """Of each row (token, head) of a line: its places among the rows of all these blocks; those that lack one name the row behind all."""
+    tokens, firsts, widths, end = [], [], [], 0
+    for blocks in all_blocks:
+        count, width = blocks.positions.shape
+        tokens.append(blocks.line)
+        firsts.append(end + blocks.flat // width * (heads * width) + blocks.flat % width)  # of the first head; the others follow
+        widths.append(torch.full_like(blocks.line, width))
+        end += count * heads * width
+    token, order = torch.cat(tokens).sort(stable=True)
+    rank = torch.arange(len(token)) - torch.searchsorted(token, token)
+    places = torch.full((length, heads, int(rank.max()) + 1), end)
+    places[token, :, rank] = torch.cat(firsts)[order, None] + torch.arange(heads) * torch.cat(widths)[order, None]
+    return places.flatten(0, 1)
+
+
+def _summed(values: Sequence[Float[Tensor, "blocks rows size"]], places: Tensor, heads: int) -> Float[Tensor, "length heads size"]:
+    """For each row of a line the sum, rounded once, of what the parts have for it."""
+    size = values[0].shape[-1]
+    table = torch.cat([*(v.reshape(-1, size) for v in values), values[0].new_zeros(1, size)])
+    return F.embedding_bag(places, table, mode="sum").view(-1, heads, size)
 
 
 def _queries(line: Tensor, constant: Tensor | None = None) -> Tensor:
@@ -252,7 +294,7 @@ def _largest(scores: Tensor) -> Tensor:
     return scores.amax(-1, keepdim=True)
 
 
-def _scores(part: Part, q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _scores(part: _PartRows, q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """q kᵀ, ``CHUNK`` numbers at a time, the future at ``NEVER``; and which blocks these are."""
     step = max(1, CHUNK // (q.shape[1] * k.shape[1]))
     future = _future(k.shape[1], q.dtype) if part.causal else None

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import compress
 from typing import Any
 
 
@@ -44,7 +45,11 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What an engine sampled for one problem; the three per-token fields have the same length.
+    """What came of one problem's prompt; the per-token fields have the same length.
+
+    In several turns the tokens of an environment, such as a tool's output, stand between those that the policy sampled: ``sampled``
+    tells them apart, and only the policy's are trained. ``text`` is the policy's own, a turn a line: whatever a tool printed, it is not
+    the policy's answer, so no reward finds it there. ``transcript`` has everything, in order.
 
     ``Completion(problem_id="train/17", index=0, prompt_ids=(5, 9), token_ids=(7, 2), text="12", logprobs=(-0.1, -0.3),
     policy_versions=(4, 4), finish_reason=FinishReason.stop)``
@@ -55,9 +60,12 @@ class Completion:
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     text: str
-    logprobs: tuple[float, ...]  # behavior policy, under the sampling temperature (and truncation, if any), in nats
+    logprobs: tuple[float, ...]  # behavior policy, under the sampling temperature (and truncation, if any), in nats; 0 where not sampled
     policy_versions: tuple[int, ...]  # the weights that sampled each token
     finish_reason: FinishReason
+    sampled: tuple[bool, ...] = ()  # whether the policy sampled each token; empty: all of them
+    kept: tuple[bytes, ...] = ()  # of each sampled token, what truncation left to choose from (``grpo.kept``); empty: nothing was cut
+    transcript: tuple[tuple[str, bool], ...] = ()  # (text, whether it is the policy's) turn by turn; empty: ``text`` is all there is
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.logprobs), len(self.policy_versions)}
@@ -66,12 +74,42 @@ class Completion:
                 f"completion {self.index} of problem {self.problem_id!r}: token_ids, logprobs and policy_versions have lengths "
                 f"{len(self.token_ids)}, {len(self.logprobs)}, {len(self.policy_versions)}; they must be equal"
             )
+        if self.sampled and len(self.sampled) != len(self.token_ids):
+            raise ValueError(
+                f"completion {self.index} of problem {self.problem_id!r}: sampled has length {len(self.sampled)} and token_ids "
+                f"{len(self.token_ids)}; they must be equal, or sampled empty"
+            )
+        if self.kept and len(self.kept) != self.num_sampled:
+            raise ValueError(
+                f"completion {self.index} of problem {self.problem_id!r}: kept has length {len(self.kept)}, but {self.num_sampled} tokens "
+                "were sampled; they must be equal, or kept empty"
+            )
         if not self.prompt_ids:
             raise ValueError(f"completion {self.index} of problem {self.problem_id!r}: prompt_ids is empty")
 
     @property
     def truncated(self) -> bool:
         return self.finish_reason is FinishReason.length
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens of the policy: those that are trained."""
+        return sum(self.sampled) if self.sampled else len(self.token_ids)
+
+    @property
+    def sampled_ids(self) -> tuple[int, ...]:
+        """The policy's tokens without those of the environment."""
+        return tuple(compress(self.token_ids, self.sampled)) if self.sampled else self.token_ids
+
+    @property
+    def sampled_logprobs(self) -> tuple[float, ...]:
+        """``logprobs`` of the policy's tokens."""
+        return tuple(compress(self.logprobs, self.sampled)) if self.sampled else self.logprobs
+
+    @property
+    def num_turns(self) -> int:
+        """Stretches of text that the policy wrote."""
+        return sum(own for _, own in self.transcript) if self.transcript else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,13 +155,19 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to sample. ``temperature`` 0 is greedy. ``stop`` strings end a completion and stay in its text."""
+    """How to sample. ``temperature`` 0 is greedy, without truncation. ``stop`` strings end a completion and stay in its text."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: off
+    min_p: float = 0.0  # tokens below this share of the likeliest one's probability are cut; 0: off
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are ruled out: then log-probs are those of what is left, and completions say what that was (``kept``)."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,3 +178,4 @@ class Request:
     prompt_ids: tuple[int, ...]
     num_completions: int
     seed: int
+    max_new_tokens: int | None = None  # a limit of its own, below the sampling's: what an earlier turn has left

@@ -134,7 +134,7 @@ def _call_trl(
     arguments |= {
         "prompts": [_messages(problem) if chat else problem.prompt for problem in problems],
         "completions": [[{"role": "assistant", "content": c.text}] if chat else c.text for c in completions],
-        "completion_ids": [list(completion.token_ids) for completion in completions],
+        "completion_ids": [list(completion.sampled_ids) for completion in completions],
         "log_extra": lambda name, values: logged.__setitem__(name, list(values)),
     }
     value = function(**_accepted(function, arguments))

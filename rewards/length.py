@@ -32,7 +32,7 @@ def soft_overlong(completion: Completion, problem: Problem, max_tokens: int, buf
         −1                                   if |y| > L_max
     """
     _check_soft_overlong(max_tokens, buffer)
-    excess = len(completion.token_ids) - (max_tokens - buffer)
+    excess = completion.num_sampled - (max_tokens - buffer)
     return -min(excess / buffer, 1.0) if excess > 0 else 0.0
 
 
@@ -77,7 +77,7 @@ def cosine(
     verdict = call(_load(correct), completion, problem)
     if not verdict.scored:
         return verdict
-    num_tokens, right = len(completion.token_ids), verdict.value >= 1
+    num_tokens, right = completion.num_sampled, verdict.value >= 1
     detail = f"{'right' if right else 'wrong'}, {num_tokens} of {max_tokens} tokens"
     if num_tokens >= max_tokens:
         return Score(value=float(exceeded), detail=detail)

@@ -30,7 +30,7 @@ def repetition(completion: Completion, problem: Problem, ngram: int = 3, unit: s
             token of the model.
     """
     _check(ngram, unit)
-    sequence: Sequence[str] | Sequence[int] = units(completion.text) if unit == "word" else completion.token_ids
+    sequence: Sequence[str] | Sequence[int] = units(completion.text) if unit == "word" else completion.sampled_ids
     total = len(sequence) - ngram + 1
     if total < 1:
         return Score(value=0.0, detail=f"shorter than {ngram} {unit}s")

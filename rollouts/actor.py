@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from grpo.rollouts.base import Finished, Job, ServedEngine, SyncReport
+from grpo.rollouts.base import Close, Finished, Job, ServedEngine, SyncReport
 from grpo.rollouts.weights import Spec, WeightStream
 from grpo.types import Completion, Request, Sampling
 
@@ -62,7 +62,7 @@ class EngineActor:
         self._beats = 0
         self._ended = 0
         self._finished: Finished = []
-        self._queues: defaultdict[int, queue.SimpleQueue[Any]] = defaultdict(queue.SimpleQueue)  # call → jobs or parcels, None: the end
+        self._queues: defaultdict[int, queue.SimpleQueue[Any]] = defaultdict(queue.SimpleQueue)  # call → what was brought for it
 
     # work
 
@@ -73,12 +73,12 @@ class EngineActor:
         return Born(os.getpid(), ray.get_runtime_context().get_node_id(), self._engine.slots)
 
     def serve(self, call: int, sampling: Sampling, jobs: Sequence[Job], exact: bool) -> Look:
-        """Sample ``jobs``, then what ``bring`` brings until it brings None; ``exact``: these alone, and remember nothing before."""
+        """Sample ``jobs``, then what ``bring`` brings until it brings a ``Close``; ``exact``: these alone, and remember nothing before."""
         assert self._engine is not None
         inbox = self._queue(call)
         inbox.put(jobs)
         if exact:
-            inbox.put(None)
+            inbox.put(Close.finish)
             self._engine.forget()
         self._begin(call)
         try:
@@ -121,7 +121,7 @@ class EngineActor:
     # control
 
     def bring(self, call: int, parcel: Any) -> None:
-        """Jobs for a call of ``serve``, or a parcel of weights for a call of ``load``; None: there will be no more."""
+        """Jobs or a ``Close`` for a call of ``serve``; for one of ``load`` a parcel of weights, or None: there will be no more."""
         self._queue(call).put(parcel)
 
     def cancel(self, call: int) -> None:
@@ -171,12 +171,12 @@ class EngineActor:
                 yield name, tensor
 
 
-def _next_jobs(inbox: queue.SimpleQueue[Any], idle: bool) -> Sequence[Job] | None:
+def _next_jobs(inbox: queue.SimpleQueue[Any], idle: bool) -> Sequence[Job] | Close:
     try:
-        jobs: Sequence[Job] | None = inbox.get(timeout=_IDLE) if idle else inbox.get_nowait()
+        coming: Sequence[Job] | Close = inbox.get(timeout=_IDLE) if idle else inbox.get_nowait()
     except queue.Empty:
         return ()
-    return jobs
+    return coming
 
 
 def engine_environment(cpus: int) -> dict[str, str]:

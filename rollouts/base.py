@@ -1,19 +1,23 @@
 """The ``Engine`` protocol: anything that turns prompts into completions and takes new weights.
 
-``ServedEngine`` is what an engine in one process is made of: it says how to work through a feed of jobs, and has the rest of the
-protocol from that. ``EnginePool`` is the other kind, many of these together.
+An engine says how to work through a feed of jobs (``serve``) and has ``stream`` and ``generate`` from that. ``ServedEngine`` is one in
+one process, ``EnginePool`` many of these together.
+
+A call can be paused: what its completions have so far comes back (``Begun``), and any engine can go on from there, with the same weights or
+newer ones. So weights change in the middle of long completions, evaluations come between, and a checkpoint holds half-made rollouts.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from grpo.types import Completion, Request, Sampling
+from grpo.types import Completion, FinishReason, Request, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +28,32 @@ Weights: TypeAlias = "Mapping[str, Tensor] | WeightStream"  # Hugging Face param
 Progress = Callable[[int, int], None]  # (completions done, completions asked for)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """What a completion has so far: sampling goes on after it, and these tokens keep their log-probs and versions."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    policy_versions: tuple[int, ...] = ()
+    kept: tuple[bytes, ...] = ()  # what truncation left to choose from, for each token; empty: nothing was cut
+
+    def __post_init__(self) -> None:
+        lengths = [len(self.token_ids), len(self.logprobs), len(self.policy_versions)]
+        if len(set(lengths)) != 1:
+            raise ValueError(f"a begun completion has token_ids, logprobs and policy_versions of lengths {lengths}; they must be equal")
+        if self.kept and len(self.kept) != len(self.token_ids):
+            raise ValueError(f"a begun completion has {len(self.token_ids)} tokens, but kept sets of {len(self.kept)} of them")
+
+    def extended(self, token_ids: Sequence[int], logprobs: Sequence[float], version: int, kept: Sequence[bytes] = ()) -> Begun:
+        """With the tokens that the weights of one version sampled after these."""
+        return Begun(
+            token_ids=(*self.token_ids, *token_ids),
+            logprobs=(*self.logprobs, *logprobs),
+            policy_versions=(*self.policy_versions, *[version] * len(token_ids)),
+            kept=(*self.kept, *kept),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One completion to be sampled. ``number`` tells the jobs of one call apart: their place in its order."""
@@ -31,13 +61,40 @@ class Job:
     number: int
     request: Request
     index: int
+    begun: Begun = Begun()
+
+    def limit(self, sampling: Sampling) -> int:
+        """Tokens the completion may have in all, those that are begun included."""
+        own = self.request.max_new_tokens
+        return sampling.max_new_tokens if own is None else min(own, sampling.max_new_tokens)
+
+    def completion(self, whole: Begun, text: str, finish_reason: FinishReason) -> Completion:
+        """What became of it: ``begun``, extended to the end."""
+        return Completion(
+            problem_id=self.request.problem_id,
+            index=self.index,
+            prompt_ids=self.request.prompt_ids,
+            token_ids=whole.token_ids,
+            text=text,
+            logprobs=whole.logprobs,
+            policy_versions=whole.policy_versions,
+            kept=whole.kept,
+            finish_reason=finish_reason,
+        )
 
 
-Feed = Callable[[bool], Sequence[Job] | None]
-"""Where a working engine gets its jobs: ``feed(idle)`` returns those that came since the last time, None when no more will come.
-An idle engine may be kept waiting for a moment."""
+class Close(Enum):
+    """Why no more jobs will come."""
 
-Finished = list[tuple[int, Completion]]  # numbers of jobs, with what became of them
+    finish = auto()  # work through those that are there
+    pause = auto()  # stop now: what is not finished comes back as ``Begun``, every job once, begun or not
+
+
+Feed = Callable[[bool], "Sequence[Job] | Close"]
+"""Where a working engine gets its jobs: ``feed(idle)`` returns those that came since the last time, or that no more will come. It is asked
+before every step, also after ``Close.finish``, for that may turn into ``Close.pause``. An idle engine may be kept waiting for a moment."""
+
+Finished = list[tuple[int, "Completion | Begun"]]  # numbers of jobs, with what became of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +129,21 @@ class SyncReport:
 class Engine(Protocol):
     """One contract for vLLM, transformers, the scripted engine and pools of them; ``tests/test_engines.py`` runs it over all."""
 
+    def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+        """Work through a feed until it closes. Yields after every step whatever that step finished: mostly nothing.
+
+        Every job comes back once: as its completion, or, if the feed closed with ``pause``, as what it has so far. A job that was begun
+        comes back whole, its earlier tokens first. Closing the iterator drops the jobs not yet finished and leaves an engine that
+        can go on.
+        """
+        ...
+
     def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None) -> list[Completion]:
         """Sample ``request.num_completions`` completions for every request.
 
         Returned in the order of the requests, then by ``index``. ``logprobs`` are those of the sampled tokens under
-        ``sampling`` (temperature and truncation applied). The stop string, if one ended the completion, is part of ``text``
-        and of ``token_ids``; so is the end token of ``token_ids``.
+        ``sampling`` (temperature and truncation applied), and ``kept`` is what truncation left, if it truncates. The stop string, if
+        one ended the completion, is part of ``text`` and of ``token_ids``; so is the end token of ``token_ids``.
         """
         ...
 
@@ -107,20 +173,35 @@ class Engine(Protocol):
         ...
 
 
-class ServedEngine(ABC):
+class Serving(ABC):
+    """``stream`` and ``generate`` for whoever can ``serve``."""
+
+    @abstractmethod
+    def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+        """See ``Engine``."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None) -> list[Completion]:
+        return in_order(requests, self.stream(requests, sampling, progress))
+
+    def stream(self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None) -> Iterator[Completion]:
+        jobs = jobs_of(requests)
+        coming = iter([jobs])
+        done = 0
+        with closing(self.serve(lambda idle: next(coming, Close.finish), sampling)) as steps:
+            for finished in steps:
+                done += len(finished)
+                if progress is not None:
+                    progress(done, len(jobs))
+                yield from (result for _, result in finished if isinstance(result, Completion))
+
+
+class ServedEngine(Serving):
     """An engine in one process. ``EnginePool`` can spread work over several of any subclass."""
 
     @property
     def slots(self) -> int:
         """Completions it samples at the same time: a pool does not leave more than these waiting with it."""
         return 1
-
-    @abstractmethod
-    def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
-        """Work through a feed until it ends. Yields after every step, of about a token, whatever that step finished: mostly nothing.
-
-        Closing the iterator drops the jobs not yet finished and leaves an engine that can go on.
-        """
 
     @abstractmethod
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
@@ -130,22 +211,8 @@ class ServedEngine(ABC):
     def close(self) -> None:
         """See ``Engine``."""
 
-    def forget(self) -> None:  # noqa: B027 – most engines remember nothing
+    def forget(self) -> None:
         """Drop what is kept of earlier requests, so that it cannot change the last bit of later log-probs."""
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None) -> list[Completion]:
-        return in_order(requests, self.stream(requests, sampling, progress))
-
-    def stream(self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None) -> Iterator[Completion]:
-        jobs = jobs_of(requests)
-        coming = iter([jobs])
-        done = 0
-        with closing(self.serve(lambda idle: next(coming, None), sampling)) as steps:
-            for finished in steps:
-                done += len(finished)
-                if progress is not None:
-                    progress(done, len(jobs))
-                yield from (completion for _, completion in finished)
 
     def probe(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         return [self.generate(requests, sampling)]
@@ -168,19 +235,45 @@ def in_order(requests: Sequence[Request], completions: Iterable[Completion]) -> 
     return sorted(completions, key=lambda completion: (position[completion.problem_id], completion.index))
 
 
-def check_lengths(requests: Sequence[Request], sampling: Sampling, limit: int) -> None:
-    """Refuse a request that cannot have all its tokens: engines would cut its completions short without a word.
+def check_lengths(jobs: Sequence[Job], sampling: Sampling, limit: int) -> None:
+    """Refuse a job that cannot have all its tokens, for engines would cut its completion short without a word, or that has them already.
 
     Raises:
         ValueError: naming the problem.
     """
-    for request in requests:
-        if len(request.prompt_ids) + sampling.max_new_tokens > limit:
+    for job in jobs:
+        prompt, tokens = len(job.request.prompt_ids), job.limit(sampling)
+        if len(job.begun.token_ids) >= tokens:
+            raise _complete(job, f"it has {len(job.begun.token_ids)} tokens, and max_new_tokens={tokens}")
+        if prompt + tokens > limit:
             raise ValueError(
-                f"problem {request.problem_id!r}: a prompt of {len(request.prompt_ids)} tokens and max_new_tokens="
-                f"{sampling.max_new_tokens} do not fit in the {limit} tokens of the engine\n"
+                f"problem {job.request.problem_id!r}: a prompt of {prompt} tokens and max_new_tokens={tokens} do not fit in the "
+                f"{limit} tokens of the engine\n"
                 "  → shorten the prompt, lower rollout.max_new_tokens, or raise max_model_len in rollout.engine_args"
             )
+
+
+def check_begun(job: Job, text: str, sampling: Sampling, end_ids: Collection[int]) -> None:
+    """Refuse to go on with what has ended: a sampler would look at its new tokens only, and never see it.
+
+    Args:
+        text: of ``job.begun``.
+        end_ids: tokens that end a completion.
+
+    Raises:
+        ValueError: naming the completion.
+    """
+    if job.begun.token_ids and job.begun.token_ids[-1] in end_ids:
+        raise _complete(job, f"it ends with the end token {job.begun.token_ids[-1]}")
+    if end_of_first_stop(text, sampling.stop) is not None:
+        raise _complete(job, f"its text holds one of the stop strings {list(sampling.stop)}")
+
+
+def _complete(job: Job, why: str) -> ValueError:
+    return ValueError(
+        f"completion {job.index} of problem {job.request.problem_id!r} cannot be gone on with: {why}\n"
+        "  → it is finished; go on with what an engine gave back as begun, and with the sampling it was begun with"
+    )
 
 
 def end_of_first_stop(text: str, stop: Sequence[str]) -> int | None:

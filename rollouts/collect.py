@@ -1,72 +1,139 @@
-"""Problems → scored groups: generate, score, put together by problem id."""
+"""Problems → scored groups, with the weights the engines have now. ``grpo.rollouts.paced`` is the collector that runs ahead."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from grpo.rewards.base import combine
+from grpo.rollouts.assembly import Assembly, GroupInMaking, Scorer, ScoreWhen
 from grpo.rollouts.base import Engine, Progress
-from grpo.types import Completion, Group, Problem, Request, Rollout, Sampling, Score
+from grpo.rollouts.environments import Environment, SingleTurn
+from grpo.rollouts.episode import Dialogue, Episode
+from grpo.types import Group, Problem, Sampling
 
 
-class Scorer(Protocol):
-    """``grpo.rewards.runtime.RewardRuntime``: one dict part → ``Score`` a completion, in order."""
+class Source(Protocol):
+    """``grpo.data.ProblemSource``: an endless stream of problems, whose place is one number."""
 
-    def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]: ...
+    position: int
+
+    @property
+    def problems(self) -> Sequence[Problem]: ...
+
+    def take(self, count: int) -> Sequence[Problem]: ...
 
 
 @dataclass(kw_only=True)
-class Collector:
-    """Strictly on-policy: everything is sampled with the weights the engine has now.
+class Groups:
+    """How groups are made: everything about a collector but when.
 
-    ``timings`` holds the seconds of the last call by phase.
+    Args:
+        weights: reward part → its weight in the sum.
+        score_when: how much the rewards want to see at once.
+        lockstep: see ``Assembly``; for schedules that are exact to the bit.
     """
 
     engine: Engine
     runtime: Scorer
-    encode: Callable[[Problem], tuple[int, ...]]
+    dialogue: Dialogue
     sampling: Sampling
     completions_per_problem: int
     weights: Mapping[str, float]
     seed: int
+    environment: Callable[[], Environment] = SingleTurn
+    score_when: ScoreWhen = ScoreWhen.each
+    lockstep: bool = False
+
+    def begin(self, problem: Problem, step: int) -> GroupInMaking:
+        """A group of which nothing is there yet."""
+        seed = request_seed(self.seed, step, problem.id)
+        episodes = [
+            Episode(problem, index, seed, self.environment, self.dialogue, self.sampling.max_new_tokens)
+            for index in range(self.completions_per_problem)
+        ]
+        return GroupInMaking(problem=problem, step=step, episodes=episodes)
+
+    def assembly(self) -> Assembly:
+        return Assembly(self.runtime, self.weights, score_when=self.score_when, lockstep=self.lockstep)
+
+
+@dataclass(kw_only=True)
+class Collector:
+    """Strictly on-policy: everything is sampled when it is asked for.
+
+    ``timings`` holds the seconds of the last call by phase: until all is sampled, and what the rewards took beyond that.
+    """
+
+    groups: Groups
+    source: Source
     progress: Progress | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    _used: int = 0  # problems of the source whose groups were trained on
+
+    def take(self, count: int) -> Sequence[Problem]:
+        """The next problems."""
+        return self.source.take(count)
 
     def collect(self, problems: Sequence[Problem], step: int) -> tuple[Group, ...]:
-        """``completions_per_problem`` scored rollouts of each problem, in the order of the problems.
+        """Scored groups of the problems, in their order.
 
         Raises:
             ValueError: two problems have the same id, by which groups are told apart.
         """
-        by_id = {problem.id: problem for problem in problems}
-        if len(by_id) < len(problems):
-            raise ValueError(f"{len(problems)} problems have only {len(by_id)} ids; groups are told apart by them")
-        requests = [
-            Request(
-                problem_id=problem.id,
-                prompt_ids=self.encode(problem),
-                num_completions=self.completions_per_problem,
-                seed=request_seed(self.seed, step, problem.id),
-            )
-            for problem in problems
-        ]
-        start = time.monotonic()
-        completions = self.engine.generate(requests, self.sampling, self.progress)
-        generated = time.monotonic()
-        scores = self.runtime.score(completions, [by_id[c.problem_id] for c in completions])
-        self.timings = {"generate": generated - start, "reward": time.monotonic() - generated}
+        groups, self.timings = collect(self.groups, problems, step, self.progress)
+        return groups
 
-        rollouts: dict[str, list[Rollout]] = defaultdict(list)
-        for completion, parts in zip(completions, scores, strict=True):
-            rollouts[completion.problem_id].append(
-                Rollout(problem=by_id[completion.problem_id], completion=completion, scores=parts, reward=combine(parts, self.weights))
-            )
-        return tuple(Group(problem=problem, rollouts=tuple(rollouts[problem.id])) for problem in problems)
+    def used(self) -> None:
+        """All that was taken is trained on: from now on ``state`` does not bring it back."""
+        self._used = self.source.position
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """The engines are free for other work."""
+        yield
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: the place in the data, behind what was trained on."""
+        return {"position": self._used}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.source.position = self._used = state["position"]
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+
+def collect(
+    groups: Groups, problems: Sequence[Problem], step: int, progress: Progress | None = None
+) -> tuple[tuple[Group, ...], dict[str, float]]:
+    """Scored groups of the problems, in their order, and the seconds until all was sampled, and scored after that."""
+    if len({problem.id for problem in problems}) < len(problems):
+        raise ValueError(f"{len(problems)} problems have only {len({p.id for p in problems})} ids; groups are told apart by them")
+    begun = [groups.begin(problem, step) for problem in problems]
+    total = sum(len(group.episodes) for group in begun)
+    start = time.monotonic()
+
+    def told() -> None:
+        if progress is not None:
+            progress(total - assembly.unfinished, total)
+
+    with groups.assembly() as assembly:
+        assembly.open(begun)
+        with closing(groups.engine.serve(assembly.feed, groups.sampling)) as steps:
+            for finished in steps:
+                assembly.note(finished)
+                told()
+        told()
+        sampled = time.monotonic()
+        assembly.wait(lambda: all(group.done for group in begun), told)
+    return tuple(group.group() for group in begun), {"generate": sampled - start, "reward": time.monotonic() - sampled}
 
 
 def request_seed(seed: int, step: int, problem_id: str) -> int:

@@ -3,7 +3,8 @@
 vLLM samples greedily (temperature 0) and returns the logits it saw as log-probs (``logprobs_mode="processed_logits"``). This
 processor runs before that and leaves one token standing: the one drawn by ``grpo.rollouts.sampling``, at the value of its
 log-prob, with all others at -inf. So the argmax picks it, and what comes back is the log-prob under any temperature and
-truncation, without another pass over the vocabulary. The stock sampler costs an exponential variate for every entry of the
+truncation, without another pass over the vocabulary. What truncation kept goes into a list that came with the request: it is the
+caller's own, because the engine runs in the caller's process. The stock sampler costs an exponential variate for every entry of the
 vocabulary, and its per-request generators crash the CPU build when a request is preempted.
 """
 
@@ -28,12 +29,21 @@ class _Row(NamedTuple):
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    kept: list[bytes]  # see ``counter_arguments``
+    begun: int
     sampled: list[int]  # the request's running output: vLLM appends to it
 
 
-def counter_arguments(key: int, sampling: Sampling) -> dict[str, Any]:
-    """What ``CounterSampler`` needs to know of a request: its ``SamplingParams.extra_args``."""
-    return {_ARGUMENT: (key, sampling.temperature, sampling.top_p, sampling.top_k)}
+def counter_arguments(key: int, sampling: Sampling, kept: list[bytes], begun: int) -> dict[str, Any]:
+    """What ``CounterSampler`` needs to know of a request: its ``SamplingParams.extra_args``.
+
+    Args:
+        kept: filled with the kept set of each token that is sampled, if ``sampling`` truncates. Only in this process, and only if the
+            parameters are not cloned.
+        begun: tokens of the completion that vLLM is given with the prompt.
+    """
+    return {_ARGUMENT: (key, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p, kept, begun)}
 
 
 class CounterSampler(LogitsProcessor):
@@ -41,7 +51,7 @@ class CounterSampler(LogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, _Row] = {}
-        self._settings: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # of the rows as they stand, made when needed
+        self._settings: tuple[Tensor, ...] | None = None  # of the rows as they stand, made when needed
 
     def is_argmax_invariant(self) -> bool:
         return False  # it decides the argmax
@@ -65,14 +75,15 @@ class CounterSampler(LogitsProcessor):
     def apply(self, logits: Tensor) -> Tensor:
         rows = [self._rows[index] for index in range(logits.shape[0])]
         if self._settings is None:
-            keys, temperature, top_p, top_k, _ = zip(*rows, strict=True)
-            self._settings = torch.tensor(keys), torch.tensor(temperature), torch.tensor(top_p), torch.tensor(top_k)
-        keys_rows, temperature_rows, top_p_rows, top_k_rows = self._settings
-        positions = torch.tensor([len(row.sampled) for row in rows])
-        tokens, logprobs = sample(logits, uniforms(keys_rows, positions), temperature_rows, top_p_rows, top_k_rows)
-        return logits.fill_(-math.inf).scatter_(1, tokens.unsqueeze(1), logprobs.to(logits.dtype).unsqueeze(1))
+            self._settings = tuple(torch.tensor(column) for column in zip(*(row[:5] for row in rows), strict=True))
+        keys, *settings = self._settings
+        positions = torch.tensor([row.begun + len(row.sampled) for row in rows])
+        drawn = sample(logits, uniforms(keys, positions), *settings)
+        for row, kept in zip(rows, drawn.kept, strict=False):  # there are none if no row is truncated
+            row.kept[len(row.sampled) :] = [kept]  # of a prompt that is computed in parts, vLLM throws away all samples but the last
+        return logits.fill_(-math.inf).scatter_(1, drawn.tokens.unsqueeze(1), drawn.logprobs.to(logits.dtype).unsqueeze(1))
 
 
 def _row(params: SamplingParams, sampled: list[int]) -> _Row:
-    key, temperature, top_p, top_k = (params.extra_args or {})[_ARGUMENT]
-    return _Row(key, temperature, top_p, top_k, sampled)
+    key, temperature, top_p, top_k, min_p, kept, begun = (params.extra_args or {})[_ARGUMENT]
+    return _Row(key, temperature, top_p, top_k, min_p, kept, begun, sampled)

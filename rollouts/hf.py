@@ -8,13 +8,26 @@ completion that has ended leaves the batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.rollouts.base import Feed, Finished, Job, ServedEngine, SyncReport, Weights, check_lengths, end_of_first_stop
+from grpo.rollouts.base import (
+    Begun,
+    Close,
+    Feed,
+    Finished,
+    Job,
+    ServedEngine,
+    SyncReport,
+    Weights,
+    check_begun,
+    check_lengths,
+    end_of_first_stop,
+)
 from grpo.rollouts.proof import Arrivals, digest_of_values
-from grpo.rollouts.sampling import completion_key, sample, uniforms
+from grpo.rollouts.sampling import Drawn, completion_key, sample, uniforms
 from grpo.rollouts.weights import WeightStream, check_weights
 from grpo.types import Completion, FinishReason, Sampling
 
@@ -66,18 +79,28 @@ class HFEngine(ServedEngine):
 
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
         limit = getattr(self._running.config, "max_position_embeddings", None) or 2**31
-        waiting: list[Job] = []
+        waiting: deque[Job] = deque()
+        batch: _Batch | None = None
         more = True
-        while more or waiting:
-            if more:
-                jobs = feed(not waiting)
-                more = jobs is not None
-                check_lengths([job.request for job in jobs or ()], sampling, limit)
-                waiting += jobs or ()
-            drafts = [_Draft(job) for job in waiting[: self._batch_size]]
-            waiting = waiting[self._batch_size :]
-            for ended in self._sample(drafts, sampling) if drafts else [()]:
-                yield [(draft.number, self._completion(draft)) for draft in ended]
+        while more or waiting or batch is not None:
+            coming = feed(batch is None and not waiting)
+            if coming is Close.pause:
+                under_way = batch.drafts if batch is not None else []
+                begun: Finished = [(draft.job.number, draft.so_far(self._version)) for draft in under_way]
+                yield begun + [(job.number, job.begun) for job in waiting]
+                return
+            if isinstance(coming, Close):
+                more = False
+            else:
+                check_lengths(coming, sampling, limit)
+                waiting.extend(coming)
+            if batch is None and waiting:
+                drafts = [self._draft(waiting.popleft(), sampling) for _ in range(min(self._batch_size, len(waiting)))]
+                batch = _Batch(self._running, drafts)
+            ended = self._step(batch, sampling) if batch is not None else []
+            if batch is not None and not batch.drafts:
+                batch = None
+            yield [(draft.job.number, self._completion(draft)) for draft in ended]
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
         start = time.monotonic()
@@ -106,25 +129,26 @@ class HFEngine(ServedEngine):
             raise RuntimeError("this engine is closed; make a new one")
         return self._model
 
-    def _sample(self, drafts: Sequence[_Draft], sampling: Sampling) -> Iterator[list[_Draft]]:
-        """Sample all drafts to their end, a token each at a time; yields those that it ended."""
+    def _draft(self, job: Job, sampling: Sampling) -> _Draft:
+        draft = _Draft(job)
+        check_begun(job, self._decode(draft, draft.token_ids), sampling, self._end_ids)
+        return draft
+
+    def _step(self, batch: _Batch, sampling: Sampling) -> list[_Draft]:
+        """Sample a token for every draft of the batch; returns those that it ended, which leave the batch."""
         import torch
 
-        active = list(drafts)
-        steps = _Steps(self._running, active)
-        while active:
-            with torch.no_grad():
-                tokens, logprobs = _draw(steps.next_logits(), active, sampling)
-            for draft, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
-                draft.token_ids.append(token)
-                draft.logprobs.append(logprob)
-                self._end(draft, sampling)
-            going = [row for row, draft in enumerate(active) if draft.finish_reason is None]
-            ended = [draft for draft in active if draft.finish_reason is not None]
-            active = [active[row] for row in going]
-            if active:
-                steps.advance(tokens, going)
-            yield ended
+        with torch.no_grad():
+            drawn = _draw(batch.next_logits(), batch.drafts, sampling)
+        for draft, kept in zip(batch.drafts, drawn.kept, strict=False):  # there are none if nothing is truncated
+            draft.kept.append(kept)
+        for draft, token, logprob in zip(batch.drafts, drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True):
+            draft.token_ids.append(token)
+            draft.logprobs.append(logprob)
+            self._end(draft, sampling)
+        ended = [draft for draft in batch.drafts if draft.finish_reason is not None]
+        batch.advance(drawn.tokens, [row for row, draft in enumerate(batch.drafts) if draft.finish_reason is None])
+        return ended
 
     def _end(self, draft: _Draft, sampling: Sampling) -> None:
         """Set the finish reason as vLLM does: an end token, else a complete stop string, else the limit."""
@@ -137,7 +161,7 @@ class HFEngine(ServedEngine):
             if end is not None:  # None: the tail began inside a character or word that reads otherwise in its place
                 draft.text, draft.finish_reason = text[:end], FinishReason.stop
                 return
-        if len(draft.token_ids) == sampling.max_new_tokens:
+        if len(draft.token_ids) == draft.job.limit(sampling):
             draft.text, draft.finish_reason = self._decode(draft, draft.token_ids), FinishReason.length
 
     def _tail(self, draft: _Draft, stop: Sequence[str]) -> str:
@@ -146,58 +170,53 @@ class HFEngine(ServedEngine):
         return text
 
     def _decode(self, draft: _Draft, token_ids: Sequence[int]) -> str:
-        context = list(draft.request.prompt_ids[-_CONTEXT:])
+        context = list(draft.job.request.prompt_ids[-_CONTEXT:])
         before: str = self._tokenizer.decode(context, skip_special_tokens=True)
         whole: str = self._tokenizer.decode([*context, *token_ids], skip_special_tokens=True)
         return whole[len(before) :]
 
     def _completion(self, draft: _Draft) -> Completion:
         assert draft.finish_reason is not None
-        return Completion(
-            problem_id=draft.request.problem_id,
-            index=draft.index,
-            prompt_ids=draft.request.prompt_ids,
-            token_ids=tuple(draft.token_ids),
-            text=draft.text,
-            logprobs=tuple(draft.logprobs),
-            policy_versions=(self._version,) * len(draft.token_ids),
-            finish_reason=draft.finish_reason,
-        )
+        return draft.job.completion(draft.so_far(self._version), draft.text, draft.finish_reason)
 
 
 class _Draft:
     """A completion on its way."""
 
-    __slots__ = ("finish_reason", "index", "key", "logprobs", "number", "request", "text", "token_ids")
+    __slots__ = ("finish_reason", "job", "kept", "key", "logprobs", "text", "token_ids")
 
     def __init__(self, job: Job) -> None:
-        self.number = job.number
-        self.request = job.request
-        self.index = job.index
+        self.job = job
         self.key = completion_key(job.request.seed, job.index)
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
+        self.token_ids = list(job.begun.token_ids)
+        self.logprobs: list[float] = []  # of the new tokens
+        self.kept: list[bytes] = []  # of the new tokens, if sampling truncates
         self.text = ""
         self.finish_reason: FinishReason | None = None
 
+    def so_far(self, version: int) -> Begun:
+        return self.job.begun.extended(self.token_ids[len(self.job.begun.token_ids) :], self.logprobs, version, self.kept)
 
-class _Steps:
-    """The model's forward passes over a batch of drafts, with a key-value cache, prompts padded on the left."""
+
+class _Batch:
+    """Drafts that are sampled together, with their key-value cache. What stands before the next token is padded on the left."""
 
     def __init__(self, model: PreTrainedModel, drafts: Sequence[_Draft]) -> None:
         import torch
         from transformers import DynamicCache
 
+        self.drafts = list(drafts)
         self._model = model
         self._cache = DynamicCache(config=model.config)
-        prompts = list(dict.fromkeys(draft.request.prompt_ids for draft in drafts))
+        given = [(*draft.job.request.prompt_ids, *draft.token_ids) for draft in drafts]
+        prompts = list(dict.fromkeys(given))
         width = max(map(len, prompts))
         filler = prompts[0][0]  # masked; any token will do
         self._ids = torch.tensor([[filler] * (width - len(p)) + list(p) for p in prompts], device=model.device)
         self._mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         row_of = {prompt: row for row, prompt in enumerate(prompts)}
-        self._rows: Tensor | None = torch.tensor([row_of[draft.request.prompt_ids] for draft in drafts], device=model.device)
+        self._rows: Tensor | None = torch.tensor([row_of[prompt] for prompt in given], device=model.device)
 
     def next_logits(self) -> Tensor:
         """``[drafts, vocab]`` in float32. The first pass goes over the prompts, each once, and spreads them over the drafts."""
@@ -220,6 +239,9 @@ class _Steps:
         """Append the tokens; only the drafts in the rows ``going`` go on."""
         import torch
 
+        self.drafts = [self.drafts[row] for row in going]
+        if not going:
+            return
         if len(going) < len(tokens):
             rows = torch.tensor(going, device=tokens.device)
             tokens = tokens[rows]
@@ -233,7 +255,7 @@ class _Steps:
         self._mask, self._positions = self._mask[rows], self._positions[rows]
 
 
-def _draw(logits: Tensor, drafts: Sequence[_Draft], sampling: Sampling) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, drafts: Sequence[_Draft], sampling: Sampling) -> Drawn:
     import torch
 
     rows, device = len(drafts), logits.device
@@ -245,6 +267,7 @@ def _draw(logits: Tensor, drafts: Sequence[_Draft], sampling: Sampling) -> tuple
         torch.full((rows,), sampling.temperature, device=device),
         torch.full((rows,), sampling.top_p, device=device),
         torch.full((rows,), sampling.top_k, device=device),
+        torch.full((rows,), sampling.min_p, device=device),
     )
 
 

@@ -11,8 +11,13 @@ vocabulary: on a CPU that took as long as the model itself.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from grpo.kept import pack
 
 _BLOCK = 256  # entries of the vocabulary summed into one entry of the first level
 _CANDIDATES = 1024  # entries looked at first when truncating; on CPU torch.topk is faster for 1024 than for 50
@@ -44,13 +49,21 @@ def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
 
 
-def sample(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row by inverse CDF, and its log-prob under the distribution it was drawn from.
+class Drawn(NamedTuple):
+    """What ``sample`` drew, a row each."""
 
-    With w = softmax(logits / temperature), cut to the ``top_k`` largest and then to the smallest set of largest entries that
-    holds ``top_p`` of what is left, the token is the first t with  w₀ + … + w_t > uniform · Σw, and its log-prob is
-    log(w_t / Σw). An entry with w = 0 can not be the first to exceed anything, so it is never drawn. A row's result depends on
-    that row alone.
+    tokens: Tensor  # [rows] int64
+    logprobs: Tensor  # [rows] float64
+    kept: list[bytes]  # the tokens that truncation left, as ``grpo.kept`` packs them; b"" where nothing was cut; [] if nowhere
+
+
+def sample(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor) -> Drawn:
+    """One token a row by inverse CDF, its log-prob under the distribution it was drawn from, and what that was cut to.
+
+    With w = softmax(logits / temperature), cut to the entries of at least ``min_p`` times the largest, then to the ``top_k`` largest
+    and then to the smallest set of largest entries that holds ``top_p`` of what is left (vLLM's order), the token is the first t with
+    w₀ + … + w_t > uniform · Σw, and its log-prob is log(w_t / Σw). An entry with w = 0 can not be the first to exceed anything, so it
+    is never drawn. A row's result depends on that row alone.
 
     Args:
         logits: ``[rows, vocab]``; overwritten where that saves a copy of a whole vocabulary per row.
@@ -58,27 +71,30 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_p: Tensor,
         temperature: ``[rows]``; 0 is greedy: the argmax, with its log-prob at temperature 1 and without truncation.
         top_p: ``[rows]`` in (0, 1]; 1 is off.
         top_k: ``[rows]`` int64; 0 is off. Rows without truncation pay nothing for the others.
-
-    Returns:
-        tokens ``[rows]`` int64 and logprobs ``[rows]`` float64.
+        min_p: ``[rows]`` in [0, 1); 0 is off.
 
     Raises:
         ValueError: a row of logits that is no distribution (NaN, +inf, or nothing but -inf).
     """
-    _check_shapes(logits, uniforms, temperature, top_p, top_k)
+    _check_shapes(logits, uniforms, temperature, top_p, top_k, min_p)
     greedy = temperature == 0
     if not bool((temperature[~greedy] == 1).all()):
         logits = logits.div_(torch.where(greedy, 1.0, temperature).to(logits.dtype).unsqueeze(1))
     weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
-    truncated = ~greedy & ((top_p < 1) | (top_k > 0))
+    truncated = ~greedy & ((top_p < 1) | (top_k > 0) | (min_p > 0))
+    kept: list[bytes] = []
     if bool(truncated.any()):
         some = torch.nonzero(truncated).flatten()
-        weights = weights.index_copy_(0, some, _truncate(weights[some], top_p[some], top_k[some]))
+        cut, sets = _truncate(weights[some], top_p[some], top_k[some], min_p[some])
+        weights = weights.index_copy_(0, some, cut)
+        kept = [b""] * len(weights)
+        for row, ids in zip(some.tolist(), sets, strict=True):
+            kept[row] = pack(ids, weights.shape[1])
     tokens, totals = _invert(weights, uniforms)
     if bool(greedy.any()):
         tokens[greedy] = weights[greedy].argmax(dim=-1)
     drawn = weights.gather(1, tokens.unsqueeze(1)).squeeze(1).double()
-    return tokens, torch.log(drawn / totals)
+    return Drawn(tokens, torch.log(drawn / totals), kept)
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,30 +129,36 @@ def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target.unsqueeze(1), right=True).clamp_(max=cumulative.shape[1] - 1)
 
 
-def _truncate(weights: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """Zero all but the ``top_k`` largest weights, and of these all that come after ``top_p`` of their sum is reached.
+def _truncate(weights: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor) -> tuple[Tensor, list[np.ndarray]]:
+    """Zero the weights below ``min_p`` times the largest, all but the ``top_k`` largest, and all that come after ``top_p`` of the rest.
 
-    An entry stays if what comes before it, in descending order, is less than ``top_p``: at least one always does. A row is
-    sorted as a whole only if its largest thousand entries do not hold ``top_p``. Overwrites ``weights``.
+    An entry stays if what comes before it, in descending order, is less than ``top_p``: at least one always does. A row is sorted as
+    a whole only if its largest thousand entries do not hold all that stays. Overwrites ``weights``; returns them and the entries of
+    each row that are not 0.
     """
     vocab = weights.shape[1]
-    for width in (min(vocab, max(_CANDIDATES, int(top_k.max()))), vocab):
+    if bool((min_p > 0).any()):
+        weights = weights.masked_fill_(weights < (min_p * weights.amax(-1)).unsqueeze(1), 0.0)
+    for width in (min(vocab, max(_CANDIDATES, int(top_k.max()) + 1)), vocab):
         ordered, entries = weights.topk(width, dim=-1)
         beyond = (top_k > 0).unsqueeze(1) & (torch.arange(width, device=weights.device) >= top_k.unsqueeze(1))
         ordered = ordered.masked_fill_(beyond, 0.0)
         cumulative = ordered.double().cumsum(1)
         totals = torch.where(top_k > 0, cumulative[:, -1], weights.sum(-1).double())
-        target = top_p.double() * totals
-        if bool((cumulative[:, -1] >= target).all()):
+        target = torch.where(top_p < 1, top_p.double() * totals, torch.inf)
+        if bool(((cumulative[:, -1] >= target) | (ordered[:, -1] == 0)).all()):
             break
-    kept = cumulative - ordered.double() < target.unsqueeze(1)
-    return weights.zero_().scatter_(1, entries, ordered * kept)
+    kept = (cumulative - ordered.double() < target.unsqueeze(1)) & (ordered > 0)
+    sizes = kept.sum(1)
+    sets = entries[:, : int(sizes.max())].cpu().numpy()  # what a row keeps comes first in it
+    return weights.zero_().scatter_(1, entries, ordered * kept), [ids[:size] for ids, size in zip(sets, sizes.tolist(), strict=True)]
 
 
-def _check_shapes(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> None:
+def _check_shapes(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor) -> None:
     if logits.ndim != 2:
         raise ValueError(f"logits must be [rows, vocab], not {tuple(logits.shape)}")
-    for name, tensor in (("uniforms", uniforms), ("temperature", temperature), ("top_p", top_p), ("top_k", top_k)):
+    settings = {"uniforms": uniforms, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    for name, tensor in settings.items():
         if tensor.shape != logits.shape[:1]:
             raise ValueError(f"{name} must be [rows] = [{logits.shape[0]}], not {tuple(tensor.shape)}")
 

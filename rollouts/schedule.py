@@ -1,17 +1,18 @@
 """Who samples what: the two ways a pool hands out jobs. Plain Python, no processes.
 
 ``free``: whoever is free gets the next jobs in order, no more than it can sample at once, so that a long answer holds up nobody
-but itself, and a group may come from several engines. ``fixed``: the requests are cut into as many shards as the pool has
+but itself, and a group may come from several engines. ``fixed``: jobs that came together are cut into as many shards as the pool has
 engines, and a shard is sampled as a whole, by one engine that does nothing else meanwhile. Engines compute a little differently
 in other company (the order of floating-point sums), so this is the schedule that repeats to the last bit.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Protocol
+from typing import ClassVar
 
 from grpo.rollouts.base import Job
 
@@ -21,62 +22,102 @@ class Schedule(StrEnum):
     fixed = "fixed"
 
 
-class Handout(Protocol):
-    """The jobs of one call that nobody holds."""
+class Handout(ABC):
+    """The jobs of one call: which wait, which engine holds which, and which are still to come back. Engines go by their numbers."""
 
-    exact: bool  # an engine is given all its jobs before it begins, and no others until it has finished them
+    exact: ClassVar[bool]  # an engine is given all its jobs before it begins, and no others until it has finished them
 
-    def take(self, held: int, slots: int) -> list[Job]:
-        """Jobs for an engine that holds ``held`` and can sample ``slots`` at once; empty: none for it at present."""
-        ...
+    def __init__(self, num_engines: int) -> None:
+        self.open: dict[int, Job] = {}  # number → job that has not come back
+        self._num_engines = num_engines
+        self._held: dict[int, dict[int, Job]] = {}  # engine → number → job
 
-    def put_back(self, jobs: Iterable[Job]) -> list[Job]:
-        """The engine that held these is gone; returns all that have to be sampled again."""
-        ...
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Jobs that came together."""
+        self.open |= {job.number: job for job in jobs}
+        self._wait(jobs)
+
+    def take(self, engine: int, slots: int, able: int) -> list[Job]:
+        """Jobs for an engine that can sample ``slots`` at once; empty: none for it at present.
+
+        Args:
+            able: engines that can be given jobs now, this one included.
+        """
+        held = self._held.setdefault(engine, {})
+        jobs = self._choose(engine, len(held), slots, able)
+        held |= {job.number: job for job in jobs}
+        return jobs
+
+    def finish(self, engine: int, number: int) -> bool:
+        """An engine gives a job back. False if it came back before, or was not this engine's: it is to be ignored."""
+        held = self._held.get(engine, {}).pop(number, None)
+        return held is not None and self.open.pop(number, None) is not None
+
+    def lose(self, engine: int) -> list[Job]:
+        """The engine is gone. What it held waits again, and is returned: all that has to be sampled once more."""
+        held = list(self._held.pop(engine, {}).values())
+        return self._put_back(engine, held) if held else []
+
+    @abstractmethod
+    def _wait(self, jobs: Sequence[Job]) -> None: ...
+
+    @abstractmethod
+    def _choose(self, engine: int, held: int, slots: int, able: int) -> list[Job]: ...
+
+    @abstractmethod
+    def _put_back(self, engine: int, held: list[Job]) -> list[Job]: ...
 
 
-class FreeHandout:
+class FreeHandout(Handout):
     """See the module's text. One engine alone gets everything at once."""
 
     exact = False
 
-    def __init__(self, jobs: Sequence[Job], num_engines: int) -> None:
-        self._waiting = deque(jobs)
-        self._share = -(-len(jobs) // num_engines)
-        self._alone = num_engines == 1
+    def __init__(self, num_engines: int) -> None:
+        super().__init__(num_engines)
+        self._waiting: deque[Job] = deque()
 
-    def take(self, held: int, slots: int) -> list[Job]:
-        room = self._share if self._alone else min(self._share, slots)
+    def _wait(self, jobs: Sequence[Job]) -> None:
+        self._waiting.extend(jobs)
+
+    def _choose(self, engine: int, held: int, slots: int, able: int) -> list[Job]:
+        outstanding = len(self._waiting) + sum(map(len, self._held.values()))
+        room = outstanding if self._num_engines == 1 else min(-(-outstanding // able), slots)
         return [self._waiting.popleft() for _ in range(min(max(room - held, 0), len(self._waiting)))]
 
-    def put_back(self, jobs: Iterable[Job]) -> list[Job]:
-        again = sorted(jobs, key=lambda job: job.number)
-        self._waiting.extendleft(reversed(again))
-        return again
+    def _put_back(self, engine: int, held: list[Job]) -> list[Job]:
+        self._waiting.extendleft(reversed(held))
+        return held
 
 
-class FixedHandout:
-    """See the module's text. The shards depend on the jobs and the number of engines alone."""
+class FixedHandout(Handout):
+    """See the module's text. The shards depend on the jobs that came together and the number of engines alone."""
 
     exact = True
 
-    def __init__(self, jobs: Sequence[Job], num_engines: int) -> None:
-        self._shards = shards(jobs, num_engines)
-        self._waiting = deque(range(len(self._shards)))
-        self._shard_of = {job.number: place for place, shard in enumerate(self._shards) for job in shard}
+    def __init__(self, num_engines: int) -> None:
+        super().__init__(num_engines)
+        self._waiting: deque[list[Job]] = deque()
+        self._given: dict[int, list[Job]] = {}  # engine → the shard it was given last
 
-    def take(self, held: int, slots: int) -> list[Job]:
-        return list(self._shards[self._waiting.popleft()]) if not held and self._waiting else []
+    def _wait(self, jobs: Sequence[Job]) -> None:
+        self._waiting.extend(shards(jobs, self._num_engines))
 
-    def put_back(self, jobs: Iterable[Job]) -> list[Job]:
+    def _choose(self, engine: int, held: int, slots: int, able: int) -> list[Job]:
+        if held or not self._waiting:
+            return []
+        self._given[engine] = self._waiting.popleft()
+        return self._given[engine]
+
+    def _put_back(self, engine: int, held: list[Job]) -> list[Job]:
         """What was finished of a shard is sampled again too: the rest must have the same company."""
-        places = sorted({self._shard_of[job.number] for job in jobs})
-        self._waiting.extendleft(reversed(places))
-        return [job for place in places for job in self._shards[place]]
+        shard = self._given.pop(engine)
+        self._waiting.appendleft(shard)
+        return shard
 
 
-def make_handout(schedule: Schedule, jobs: Sequence[Job], num_engines: int) -> Handout:
-    return (FixedHandout if schedule is Schedule.fixed else FreeHandout)(jobs, num_engines)
+def make_handout(schedule: Schedule, num_engines: int) -> Handout:
+    return (FixedHandout if schedule is Schedule.fixed else FreeHandout)(num_engines)
 
 
 def shards(jobs: Sequence[Job], num_shards: int) -> list[list[Job]]:

@@ -6,14 +6,31 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Any
 
-from grpo.rollouts.base import Feed, Finished, Job, ServedEngine, SyncReport, Weights, end_of_first_stop
+from grpo.rollouts.base import (
+    Begun,
+    Close,
+    Feed,
+    Finished,
+    Job,
+    ServedEngine,
+    SyncReport,
+    Weights,
+    check_begun,
+    check_lengths,
+    end_of_first_stop,
+)
 from grpo.rollouts.proof import Arrivals
 from grpo.rollouts.weights import WeightStream
-from grpo.types import Completion, FinishReason, Request, Sampling
+from grpo.types import Completion, FinishReason, Sampling
 
 Answer = Callable[[str, int, int], str]  # (text of the prompt, index of the completion, seed of the request) → its text
+
+
+_SLOTS = 16  # answers at the same time, a token each a step, as engines with a model do
+_LONGEST = 1 << 31  # tokens of prompt and answer: there is no model to have a limit
 
 
 def plausible_answer(prompt: str, index: int, seed: int) -> str:
@@ -38,19 +55,32 @@ class ScriptedEngine(ServedEngine):
         self._answer = answer
         self.loaded_versions: list[int] = []  # every version this engine was given, in order
 
+    @property
+    def slots(self) -> int:
+        return _SLOTS
+
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
         waiting: deque[Job] = deque()
+        running: list[_Recital] = []
         more = True
-        while more or waiting:
-            if more:
-                jobs = feed(not waiting)
-                more = jobs is not None
-                waiting.extend(jobs or ())
-            if waiting:
-                job = waiting.popleft()
-                yield [(job.number, self._complete(job.request, job.index, sampling))]
+        while more or waiting or running:
+            coming = feed(not waiting and not running)
+            if coming is Close.pause:
+                begun: Finished = [(recital.job.number, recital.so_far(self._logprob, self._version)) for recital in running]
+                yield begun + [(job.number, job.begun) for job in waiting]
+                return
+            if isinstance(coming, Close):
+                more = False
             else:
-                yield []
+                check_lengths(coming, sampling, _LONGEST)
+                waiting.extend(coming)
+            while waiting and len(running) < self.slots:
+                running.append(self._recital(waiting.popleft(), sampling))
+            for recital in running:
+                recital.said = min(recital.said + 1, len(recital.token_ids))
+            ended = [recital for recital in running if recital.said == len(recital.token_ids)]
+            running = [recital for recital in running if recital.said < len(recital.token_ids)]
+            yield [(recital.job.number, self._completion(recital)) for recital in ended]
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
         """Note the version, and hash what came. There is no model whose names and shapes the weights could differ from."""
@@ -66,22 +96,48 @@ class ScriptedEngine(ServedEngine):
     def close(self) -> None:
         """Nothing to stop."""
 
-    def _complete(self, request: Request, index: int, sampling: Sampling) -> Completion:
-        text = self._answer(self._tokenizer.decode(list(request.prompt_ids)), index, request.seed)
+    def _recital(self, job: Job, sampling: Sampling) -> _Recital:
+        request, begun = job.request, job.begun.token_ids
+        check_begun(job, self._tokenizer.decode(list(begun), skip_special_tokens=True), sampling, {self._tokenizer.eos_token_id})
+        text = self._answer(self._tokenizer.decode(list(request.prompt_ids)), job.index, request.seed)
         end = end_of_first_stop(text, sampling.stop)
-        token_ids = self._tokenizer.encode(text[:end], add_special_tokens=False)
+        answer = self._tokenizer.encode(text[:end], add_special_tokens=False)
         if end is None and self._tokenizer.eos_token_id is not None:
-            token_ids = [*token_ids, self._tokenizer.eos_token_id]
-        cut = len(token_ids) > sampling.max_new_tokens
-        token_ids = token_ids[: sampling.max_new_tokens]
-        version = self.loaded_versions[-1] if self.loaded_versions else 0
-        return Completion(
-            problem_id=request.problem_id,
-            index=index,
-            prompt_ids=request.prompt_ids,
-            token_ids=tuple(token_ids),
-            text=self._tokenizer.decode(token_ids, skip_special_tokens=True) if cut else text[:end],
-            logprobs=(-math.log(len(self._tokenizer)),) * len(token_ids),
-            policy_versions=(version,) * len(token_ids),
+            answer = [*answer, self._tokenizer.eos_token_id]
+        token_ids = (*begun, *answer[len(begun) :])
+        cut = len(token_ids) > job.limit(sampling)
+        token_ids = token_ids[: job.limit(sampling)]
+        as_said = not cut and list(token_ids) == answer  # another engine may have begun it with other words
+        return _Recital(
+            job=job,
+            token_ids=token_ids,
+            text=text[:end] if as_said else self._tokenizer.decode(list(token_ids), skip_special_tokens=True),
             finish_reason=FinishReason.length if cut else FinishReason.stop,
+            said=len(begun),
         )
+
+    def _completion(self, recital: _Recital) -> Completion:
+        return recital.job.completion(recital.so_far(self._logprob, self._version), recital.text, recital.finish_reason)
+
+    @property
+    def _logprob(self) -> float:
+        return -math.log(len(self._tokenizer))
+
+    @property
+    def _version(self) -> int:
+        return self.loaded_versions[-1] if self.loaded_versions else 0
+
+
+@dataclass(slots=True)
+class _Recital:
+    """An answer on its way: a token a step."""
+
+    job: Job
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    said: int  # tokens so far
+
+    def so_far(self, logprob: float, version: int) -> Begun:
+        new = self.token_ids[len(self.job.begun.token_ids) : self.said]
+        return self.job.begun.extended(new, [logprob] * len(new), version)

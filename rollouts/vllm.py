@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.rollouts.base import Feed, Finished, Job, ServedEngine, SyncReport, Weights, check_lengths
+from grpo.rollouts.base import Begun, Close, Feed, Finished, Job, ServedEngine, SyncReport, Weights, check_begun, check_lengths
 from grpo.rollouts.proof import Arrivals, WeightProofError
 from grpo.rollouts.sampling import completion_key
 from grpo.rollouts.weights import Shapes, WeightStream, check_weights, checkpoint_shapes
 from grpo.types import Completion, FinishReason, Request, Sampling
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput, SamplingParams
+    from vllm import CompletionOutput, RequestOutput, SamplingParams
+    from vllm.v1.engine.output_processor import RequestState
 
 _GIB = 1 << 30
 _ENVIRONMENT = {  # read while vLLM is imported; what the user has set stays
@@ -100,19 +102,28 @@ class VLLMEngine(ServedEngine):
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
         engine = self._running.llm_engine
         longest = self._running.model_config.max_model_len
-        running: dict[str, Job] = {}
+        if sampling.truncates and self._on_cpu and not self._one_worker:
+            raise ValueError(
+                "top_p, top_k and min_p need vLLM's worker in this process: from another, the tokens they keep do not come back\n"
+                "  → leave tensor and pipeline parallelism out of rollout.engine_args, or turn all three off"
+            )
+        running: dict[str, _Draft] = {}
         more = True
         try:
             while more or running:
-                if more:
-                    jobs = feed(not running)
-                    more = jobs is not None
-                    check_lengths([job.request for job in jobs or ()], sampling, longest)
-                    for job in jobs or ():
-                        engine.add_request(str(job.number), _prompt(job.request.prompt_ids), self._parameters(job, sampling))
-                        running[str(job.number)] = job
-                finished = engine.step() if running else []
-                yield [(job.number, self._completion(job, output)) for output in finished if (job := running.pop(output.request_id))]
+                coming = feed(not running)
+                if coming is Close.pause:
+                    yield [(draft.job.number, draft.so_far(self._version)) for draft in running.values()]
+                    return
+                if isinstance(coming, Close):
+                    more = False
+                else:
+                    check_lengths(coming, sampling, longest)
+                    for job in coming:
+                        running[str(job.number)] = self._add(job, sampling)
+                outputs = engine.step() if running else []
+                ended = [(running.pop(output.request_id), output.outputs[0]) for output in outputs]
+                yield [(draft.job.number, draft.completion(output, self._version)) for draft, output in ended]
         finally:  # Ctrl-C, or the caller has had enough: leave an engine that can go on
             engine.abort_request(list(running))
 
@@ -156,7 +167,7 @@ class VLLMEngine(ServedEngine):
             return
         length = min(2 * cache.block_size + 1, self._running.model_config.max_model_len - 1)
         job = Job(0, Request(problem_id="cache check", prompt_ids=(1,) * length, num_completions=1, seed=0), 0)
-        engine.add_request("cache check", _prompt(job.request.prompt_ids), self._parameters(job, Sampling(max_new_tokens=1)))
+        self._add(job, Sampling(max_new_tokens=1))
         outputs: list[RequestOutput] = []
         while not outputs:
             outputs = engine.step()
@@ -181,21 +192,43 @@ class VLLMEngine(ServedEngine):
             raise RuntimeError("this engine is closed; make a new one")
         return self._llm
 
-    def _parameters(self, job: Job, sampling: Sampling) -> SamplingParams:
+    def _add(self, job: Job, sampling: Sampling) -> _Draft:
+        """Have vLLM sample a completion, after the tokens that are begun."""
+        kept: list[bytes] = []
+        engine, params = self._running.llm_engine, self._parameters(job, sampling, kept)
+        given = [*job.request.prompt_ids, *job.begun.token_ids]
+        name = engine.add_request(str(job.number), {"prompt_token_ids": given}, params)
+        draft = _Draft(job, engine.output_processor.request_states[name], kept)
+        if job.begun.token_ids:
+            try:
+                draft.go_on(engine.output_processor.tokenizer, params)
+                check_begun(job, draft.state.detokenizer.output_text, sampling, params.all_stop_token_ids)
+            except BaseException:
+                engine.abort_request([name], internal=True)
+                raise
+        return draft
+
+    def _parameters(self, job: Job, sampling: Sampling, kept: list[bytes]) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         from grpo.rollouts.counter_sampler import counter_arguments
 
-        key = completion_key(job.request.seed, job.index)
+        key, begun = completion_key(job.request.seed, job.index), len(job.begun.token_ids)
         drawing: dict[str, Any] = (
-            {"temperature": 0.0, "extra_args": counter_arguments(key, sampling)}
+            {"temperature": 0.0, "extra_args": counter_arguments(key, sampling, kept, begun)}
             if self._on_cpu
-            else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "seed": key % 2**62}
+            else {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "min_p": sampling.min_p,
+                "seed": (completion_key(key, begun) if begun else key) % 2**62,  # the same again would draw what it drew at the start
+            }
         )
         return SamplingParams(
             **drawing,
-            max_tokens=sampling.max_new_tokens,
+            max_tokens=job.limit(sampling) - begun,
             stop=list(sampling.stop),
             include_stop_str_in_output=True,
             logprobs=0,  # of the sampled token alone
@@ -203,24 +236,46 @@ class VLLMEngine(ServedEngine):
             skip_clone=True,
         )
 
-    def _completion(self, job: Job, output: RequestOutput) -> Completion:
-        (sample,) = output.outputs
-        token_ids = tuple(sample.token_ids)
-        assert sample.logprobs is not None
-        return Completion(
-            problem_id=job.request.problem_id,
-            index=job.index,
-            prompt_ids=job.request.prompt_ids,
-            token_ids=token_ids,
-            text=sample.text,
-            logprobs=tuple(entry[token].logprob for entry, token in zip(sample.logprobs, token_ids, strict=True)),
-            policy_versions=(self._version,) * len(token_ids),
-            finish_reason=_finish_reason(sample.finish_reason),
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A completion on its way, and what vLLM's output processor has of it."""
+
+    job: Job
+    state: RequestState
+    kept: list[bytes]  # of the new tokens, if sampling truncates: ``counter_sampler`` fills it
+
+    def go_on(self, tokenizer: Any, params: SamplingParams) -> None:
+        """Let the text begin after the request's own prompt, not after the tokens that are begun.
+
+        Stop strings and characters that stand on both sides of the pause are then found and put together.
+        """
+        from vllm.v1.engine import EngineCoreRequest
+        from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+        request = EngineCoreRequest(
+            request_id=self.state.request_id,
+            prompt_token_ids=list(self.job.request.prompt_ids),
+            sampling_params=params,
+            mm_features=None,
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
         )
+        self.state.detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, request)
+        self.state.detokenizer.update(list(self.job.begun.token_ids), stop_terminated=False)
 
+    def so_far(self, version: int) -> Begun:
+        assert self.state.detokenizer is not None and self.state.logprobs_processor is not None
+        new = self.state.detokenizer.output_token_ids[len(self.job.begun.token_ids) :]
+        entries = self.state.logprobs_processor.logprobs or []
+        logprobs = [entry[token].logprob for entry, token in zip(entries, new, strict=True)]
+        return self.job.begun.extended(new, logprobs, version, self.kept[: len(new)])
 
-def _prompt(token_ids: Sequence[int]) -> dict[str, list[int]]:
-    return {"prompt_token_ids": list(token_ids)}
+    def completion(self, output: CompletionOutput, version: int) -> Completion:
+        return self.job.completion(self.so_far(version), output.text, _finish_reason(output.finish_reason))
 
 
 def _held_dtypes(worker: Any) -> dict[str, Any]:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from grpo import checkpoint
+from grpo import checkpoint, randomness
 from grpo.config import ConfigError
-from grpo.run import RunFolder
+from grpo.run import RunFolder, StorageError
 
 
 class Numbers:
@@ -61,16 +71,187 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run: RunFolder, dama
         checkpoint.last_sound_step(run)
 
 
-def test_a_full_disk_costs_nothing_that_was_saved(run: RunFolder) -> None:
-    class Full(Numbers):
-        def save(self, folder: Path) -> None:
-            (folder / "model.pt").write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+def test_without_a_checkpoint_a_run_goes_on_from_its_beginning_unless_one_was_written(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "recipe", "young")
+    run.append_metrics({"step": 1})
+    assert checkpoint.last_sound_step(run) == 0
+    run.append_metrics({"step": 2, "time/checkpoint": 0.5})
+    with pytest.raises(ConfigError, match=r"the checkpoints of .*young are gone"):
+        checkpoint.last_sound_step(run)
 
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(run, 4, Full(4.0), {}, keep=2)  # type: ignore[arg-type]
-    assert checkpoint.steps(run) == [2, 3] and checkpoint.last_sound_step(run) == 3
-    assert sorted(f.name for f in run.checkpoints.iterdir()) == ["step_000002", "step_000003"], "its own leftovers are gone"
+
+def test_going_back_moves_damaged_checkpoints_out_of_the_way(run: RunFolder) -> None:
+    """Left where it is, the damaged one of step 3 would be kept as the newest, and what is saved after it thrown away."""
+    _flip(run.checkpoint(3) / "model.pt")
+    checkpoint.rewind(run, 2)
+    assert checkpoint.steps(run) == [2] and (run.checkpoints / "damaged_step_000003").is_dir()
+    checkpoint.save(run, 3, Numbers(3.0), {}, keep=1)  # type: ignore[arg-type]
+    assert checkpoint.steps(run) == [3] and checkpoint.last_sound_step(run) == 3
+
+
+def test_a_state_of_another_version_is_refused_in_words(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    with pytest.raises(ConfigError, match=r"(?s)step 3 was written by another version of grpo-toolkit\n  → .*model.path=.*step_000003"):
+        checkpoint.load(run, 3)
+
+
+def test_the_wandb_run_and_the_end_of_the_metrics_are_in_it(run: RunFolder) -> None:
+    run.append_metrics({"step": 4})
+    run.wandb_id_file.write_text("abc")
+    checkpoint.save(run, 4, Numbers(4.0), {}, keep=2)  # type: ignore[arg-type]
+    assert checkpoint.load(run, 4)["run"] == {"metrics_bytes": len('{"step": 4}\n'), "wandb_id": "abc"}
+    run.wandb_id_file.unlink()
+    run.metrics_file.write_text("")
+    with pytest.warns(UserWarning, match="metrics.jsonl is shorter than it was at step 4"):
+        checkpoint.rewind(run, 4)
+    assert run.wandb_id_file.read_text() == "abc"
+
+
+# ---------------------------------------------------------------- random states
+
+
+def draw() -> tuple[float, float, float, float]:
+    return random.random(), random.gauss(), float(np.random.standard_normal()), float(torch.rand(()))
+
+
+def test_every_generator_goes_on_where_it_was(tmp_path: Path) -> None:
+    randomness.seed_all(7)
+    first = draw()
+    run = RunFolder.create(tmp_path, "recipe", "random")
+    checkpoint.save(run, 1, Numbers(1.0), {}, keep=1)  # type: ignore[arg-type]
+    second = draw()
+    randomness.seed_all(7)
+    assert draw() == first, "seeded"
+    randomness.seed_all(8)
+    randomness.restore(checkpoint.load(run, 1)["random"])
+    assert draw() == second, "the second halves of Python's and NumPy's pairs of normal numbers included"
+
+
+# ---------------------------------------------------------------- a disk that is full
+
+
+class Large(Numbers):
+    """Some 4 MB, written by the libraries that write real models."""
+
+    def save(self, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        if self.value > 0:
+            save_file({"w": torch.full((1_000_000,), self.value)}, folder / "model.safetensors")
+
+    def state(self) -> dict[str, Any]:
+        return {"w": torch.full((1_000_000,), self.value)}
+
+
+@pytest.mark.parametrize("value", [4.0, -4.0], ids=["while the model is written", "while the state is written"])
+def test_a_full_disk_costs_nothing_that_was_saved(run: RunFolder, value: float, tmp_path: Path) -> None:
+    """For real on a small file system, where one can be mounted; else by the limit on the size of a file."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True).returncode == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if mounted:
+            shutil.move(run.path, place / "run")
+            run = RunFolder(place / "run")
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, hard))
+        said = "No space left on device" if mounted else "File too large"
+        with pytest.raises(StorageError, match=rf"run\.dir: cannot write '.*/step_000004': {said}\n  → .*saved is whole") as caught:
+            checkpoint.save(run, 4, Large(value), {}, keep=2)  # type: ignore[arg-type]
+        assert caught.value.errno == (errno.ENOSPC if mounted else errno.EFBIG)
+        assert checkpoint.steps(run) == [2, 3] and checkpoint.last_sound_step(run) == 3
+        assert sorted(f.name for f in run.checkpoints.iterdir()) == ["step_000002", "step_000003"], "its own leftovers are gone"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if mounted:
+            subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_an_error_that_is_not_the_disks_stays_what_it_is(run: RunFolder) -> None:
+    class Wrong(Numbers):
+        def save(self, folder: Path) -> None:
+            raise KeyError("weight")
+
+    with pytest.raises(KeyError, match="weight"):
+        checkpoint.save(run, 4, Wrong(4.0), {}, keep=2)  # type: ignore[arg-type]
+    assert sorted(f.name for f in run.checkpoints.iterdir()) == ["step_000002", "step_000003"]
+
+
+# ---------------------------------------------------------------- SIGKILL between any two operations on files
+
+OPERATIONS = ((os, "fsync"), (os, "rename"), (os, "rmdir"), (os, "unlink"), (os, "mkdir"), (checkpoint, "_exchange"))
+
+
+def killed_at(number: int, action: Callable[[], None]) -> bool:
+    """Whether ``action``, in a process of its own, was killed before file operation ``number`` (from 0); if not, it had fewer."""
+    count = itertools.count()
+
+    def deadly(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            if next(count) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*args, **kwargs)
+
+        return operation
+
+    child = os.fork()
+    if child == 0:
+        for module, name in OPERATIONS:
+            setattr(module, name, deadly(getattr(module, name)))
+        try:
+            action()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL), "the action itself failed"
+    return status != 0
+
+
+def crashes(run: RunFolder, action: Callable[[], None], fresh: Path) -> Iterator[int]:
+    """After each crash ``action`` can have, with the folder as it was before; the number of the operation."""
+    shutil.copytree(run.checkpoints, fresh)
+    number = 0
+    while killed_at(number, action):
+        yield number
+        shutil.rmtree(run.checkpoints)
+        shutil.copytree(fresh, run.checkpoints)
+        number += 1
+    assert number > 8, "there are more operations than that: the patches hold"
+
+
+def test_a_crash_at_any_moment_of_a_save_leaves_a_sound_checkpoint(run: RunFolder, tmp_path: Path) -> None:
+    seen = set()
+    for _ in crashes(run, lambda: checkpoint.save(run, 4, Numbers(4.0), {"position": 40}, keep=2), tmp_path / "fresh"):  # type: ignore[arg-type]
+        step = checkpoint.last_sound_step(run)  # no warning: under the name of a checkpoint there is nothing half
+        seen.add(step)
+        assert checkpoint.load(run, step)["position"] == 10 * step
+        checkpoint.rewind(run, step)
+        assert sorted(f.name for f in run.checkpoints.iterdir()) in (
+            ["step_000002", "step_000003"], ["step_000002", "step_000003", "step_000004"], ["step_000003", "step_000004"],
+        )  # fmt: skip
+    assert seen == {3, 4}, "some crashes come before the rename, some after it"
+
+
+@pytest.mark.parametrize("exchanged", [True, False], ids=["renameat2", "a file system without it"])
+def test_the_best_model_is_there_at_every_moment_of_its_replacement(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged: bool
+) -> None:
+    checkpoint.save_model(Numbers(1.0), run.best_checkpoint)  # type: ignore[arg-type]
+    if not exchanged:
+        def refuse(*_: Path) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+        monkeypatch.setattr(checkpoint, "_exchange", refuse)
+    seen = set()
+    for _ in crashes(run, lambda: checkpoint.save_model(Numbers(2.0), run.best_checkpoint), tmp_path / "fresh"):  # type: ignore[arg-type]
+        if not exchanged:  # between its two renames there is none, until the run is gone on with
+            checkpoint.rewind(run, 3)
+        assert checkpoint.damaged_file(run.best_checkpoint) is None
+        seen.add(float(torch.load(run.best_checkpoint / "model.pt")["w"][0]))
+        checkpoint.rewind(run, 3)
+        assert sorted(f.name for f in run.checkpoints.iterdir()) == ["best", "step_000002", "step_000003"]
+    assert seen == {1.0, 2.0}
 
 
 def _flip(file: Path) -> None:

@@ -68,7 +68,7 @@ BUILT_IN = "r1_zero_arithmetic"
         pytest.param([BUILT_IN, "run.steps=many"], "run.steps", "many", id="wrong type"),
         pytest.param([BUILT_IN, "trainer.layout=packd"], "trainer.layout", "shared_prompt", id="wrong value of a list"),
         pytest.param([BUILT_IN, "run.steps=-1"], "run.steps", "is -1", id="out of range"),
-        pytest.param([BUILT_IN, "rollout.top_p=0.9"], "rollout.top_p", "importance weights", id="would bias training"),
+        pytest.param([BUILT_IN, "rollout=scripted", "rollout.top_p=0.9"], "rollout.top_p", "set it to 1", id="no kept sets"),
         pytest.param([BUILT_IN, "optim=3"], "optim", "is a section", id="section"),
         pytest.param([BUILT_IN, "hello"], "command line", "key=value", id="not an override"),
         pytest.param([BUILT_IN, "model=hub"], "model.path", "has no value", id="missing value"),

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from grpo.rollouts.base import Engine, end_of_first_stop
-from grpo.rollouts.collect import Collector, request_seed
+from grpo.rollouts.base import Begun, Close, Engine, Job, end_of_first_stop, jobs_of
 from grpo.rollouts.hf import HFEngine
+from grpo.rollouts.pool import EnginePool, start_ray, stop_ray
 from grpo.rollouts.scripted import ScriptedEngine
-from grpo.types import Completion, FinishReason, Problem, Request, Sampling, Score
+from grpo.types import Completion, FinishReason, Request, Sampling
 
 PROMPTS = ("1+2=", "What is 17 + 4?", "a", "Assistant: (3 * 5) / 2 =")
 SHORT = Sampling(max_new_tokens=12)
+LONG = Sampling(max_new_tokens=60)
 LOGPROB_BOUND = {  # largest |Δ| seen against transformers' own forward pass in fp32, with room
     "hf": 1e-4,  # seen: 4e-6
     "vllm": 1e-4,  # seen: 4e-6
@@ -189,6 +197,277 @@ def test_an_interrupted_engine_goes_on(engine: Engine, tokenizer: Any) -> None:
     assert engine.generate(requests_for(tokenizer), SHORT) == expected
 
 
+# --- pause and go on ---
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    start_ray(num_cpus=2, object_store_memory=100_000_000)
+    yield
+    stop_ray()
+
+
+@pytest.fixture(scope="module", params=[(1, "free"), (2, "free"), (1, "fixed"), (2, "fixed")], ids=str)
+def hf_pool(request: pytest.FixtureRequest, ray_cluster: None, tiny_model: str) -> Iterator[Engine]:
+    num_engines, schedule = request.param
+    kwargs = {"model": tiny_model, "dtype": "float32", "batch_size": 8}
+    pool = EnginePool(num_engines=num_engines, cpus_per_engine=1, factory=HFEngine, kwargs=kwargs, schedule=schedule)
+    yield pool
+    pool.close()
+
+
+class PauseContract:
+    """What every engine promises; subclasses say which engine."""
+
+    logprob_bound = 1e-4  # see LOGPROB_BOUND
+    has_model = True
+
+    def test_a_pause_gives_every_job_back_once_and_going_on_changes_nothing(self, engine: Engine, tokenizer: Any, tiny_model: str) -> None:
+        engine.load_weights(weights_of(tiny_model), 1)
+        jobs = jobs_of(requests_for(tokenizer, num_completions=6))
+        expected = dict(enumerate(engine.generate(requests_for(tokenizer, num_completions=6), LONG)))
+        for finish in (False, True):
+            results, pauses = with_pauses(engine, jobs, LONG, finish)
+            assert any(begun.token_ids for begun in pauses), "nothing was paused in its middle"
+            assert results.keys() == expected.keys()
+            for number, completion in results.items():
+                assert_same(completion, expected[number], self.logprob_bound)
+
+    def test_stop_strings_and_limits_reach_across_a_pause(self, engine: Engine, tokenizer: Any, tiny_model: str) -> None:
+        engine.load_weights(weights_of(tiny_model), 1)
+        for job, whole in zip(jobs_of(requests_for(tokenizer)), engine.generate(requests_for(tokenizer), LONG), strict=True):
+            if len(whole.token_ids) < 8 or whole.text.find(whole.text[3:7]) != 3:
+                continue
+            stop = whole.text[3:7]  # a character is a token
+            for num_begun in (1, 4, 5, 6):
+                begun = replace(job, begun=first(whole, num_begun))
+                stopped = serve_all(engine, [begun], replace(LONG, stop=("never", stop)))[job.number]
+                assert isinstance(stopped, Completion)
+                assert (stopped.text, stopped.token_ids, stopped.finish_reason) == (whole.text[:7], whole.token_ids[:7], FinishReason.stop)
+                own_limit = replace(begun, request=replace(job.request, max_new_tokens=7))
+                cut = serve_all(engine, [own_limit], LONG)[job.number]
+                assert isinstance(cut, Completion)
+                assert (cut.text, cut.token_ids, cut.finish_reason) == (whole.text[:7], whole.token_ids[:7], FinishReason.length)
+            return
+        raise AssertionError("no completion is long enough for this test")
+
+    def test_what_is_complete_is_not_gone_on_with(self, engine: Engine, tokenizer: Any) -> None:
+        (job, *_) = jobs_of(requests_for(tokenizer))
+        whole = engine.generate([job.request], LONG)[0]
+        for begun, sampling, why in (
+            (first(whole, 5), replace(LONG, max_new_tokens=5), r"'p0'.*it has 5 tokens, and max_new_tokens=5"),
+            (first(whole, 3).extended([tokenizer.eos_token_id], [-1.0], 0), LONG, "it ends with the end token"),
+            (first(whole, 5), replace(LONG, stop=(whole.text[1:4],)), "its text holds one of the stop strings"),
+        ):
+            with pytest.raises(ValueError, match=why):
+                serve_all(engine, [replace(job, begun=begun)], sampling)
+        assert len(serve_all(engine, [job], LONG)) == 1, "the engine goes on"
+
+    def test_jobs_may_come_one_after_another(self, engine: Engine, tokenizer: Any) -> None:
+        jobs = jobs_of(requests_for(tokenizer, num_completions=4))
+        expected = engine.generate(requests_for(tokenizer, num_completions=4), SHORT)
+        coming, idle_turns, results = list(jobs), 0, dict[int, Completion | Begun]()
+
+        def feed(idle: bool) -> Sequence[Job] | Close:
+            nonlocal idle_turns
+            idle_turns += idle
+            if idle and idle_turns < 4:
+                return ()
+            if not coming:
+                return Close.finish
+            given = 3 if len(coming) == len(jobs) else len(results) - (len(jobs) - len(coming) - 3)
+            return [coming.pop(0) for _ in range(min(given, len(coming)))]
+
+        for finished in engine.serve(feed, SHORT):
+            assert not results.keys() & dict(finished).keys()
+            results |= finished
+        assert results.keys() == set(range(len(jobs))) and idle_turns >= 4
+        for number, result in results.items():
+            assert isinstance(result, Completion)
+            assert_same(result, expected[number], self.logprob_bound)
+
+    def test_an_idle_engine_pauses_and_an_abandoned_one_goes_on(self, engine: Engine, tokenizer: Any) -> None:
+        orders: list[Sequence[Job] | Close] = [(), (), Close.pause]
+        assert [entry for step in engine.serve(lambda idle: orders.pop(0), SHORT) for entry in step] == []
+        requests = requests_for(tokenizer, num_completions=2)
+        expected = engine.generate(requests, SHORT)
+        jobs = [jobs_of(requests)]
+        steps = engine.serve(lambda idle: jobs.pop() if jobs else (), SHORT)
+        next(steps)
+        steps.close()
+        again = engine.generate(requests, SHORT)
+        for completion, before in zip(again, expected, strict=True):
+            assert_same(completion, before, self.logprob_bound)
+
+    def test_going_on_with_other_weights(self, engine: Engine, tokenizer: Any, tiny_model: str) -> None:
+        """Each token has the version and the log-prob of the weights that sampled it, given all before it."""
+        old, new = weights_of(tiny_model), weights_of(tiny_model, noise=0.2)
+        jobs = {job.number: job for job in jobs_of(requests_for(tokenizer, num_completions=4))}
+        engine.load_weights(old, 4)
+        whole = serve_all(engine, [job for job in jobs.values() if job.index < 2], LONG)
+        long = {number: result for number, result in whole.items() if isinstance(result, Completion) and len(result.token_ids) > 6}
+        begun = {number: first(result, 6) for number, result in long.items()}
+        assert len(begun) > 4
+        paused = pause_after(engine, [job for job in jobs.values() if job.index >= 2], LONG, steps=4)
+        begun |= {number: result for number, result in paused if isinstance(result, Begun)}
+        engine.load_weights(new, 5)
+        results = serve_all(engine, [replace(jobs[number], begun=so_far) for number, so_far in begun.items()], LONG)
+        models = reference(tiny_model, old), reference(tiny_model, new)
+        for number, result in results.items():
+            assert isinstance(result, Completion)
+            count = len(begun[number].token_ids)
+            assert result.prompt_ids == jobs[number].request.prompt_ids and first(result, count) == begun[number]
+            assert result.policy_versions == (4,) * count + (5,) * (len(result.token_ids) - count)
+            assert result.text == tokenizer.decode(result.token_ids, skip_special_tokens=True)
+            if self.has_model:
+                under_old, under_new = (true_logprobs(model, result, LONG) for model in models)
+                assert result.logprobs == pytest.approx(under_old[:count] + under_new[count:], abs=self.logprob_bound)
+                assert result.logprobs != pytest.approx(under_old, abs=100 * self.logprob_bound)
+
+
+class TestPausedScripted(PauseContract):
+    has_model = False
+
+    @pytest.fixture
+    def engine(self, tokenizer: Any) -> Engine:
+        return ScriptedEngine(tokenizer, lambda prompt, index, seed: f"{seed % 97}+{index}*{prompt[:4]}" * (2 + index % 3))
+
+
+class TestPausedHF(PauseContract):
+    @pytest.fixture
+    def engine(self, hf_engine: Engine) -> Engine:
+        return hf_engine
+
+
+@pytest.mark.slow
+class TestPausedVLLM(PauseContract):
+    @pytest.fixture
+    def engine(self, vllm_engine: Engine) -> Engine:
+        return vllm_engine
+
+
+@pytest.mark.slow
+class TestPausedPool(PauseContract):
+    @pytest.fixture
+    def engine(self, hf_pool: Engine) -> Engine:
+        return hf_pool
+
+
+BYTES = sorted(ByteLevel.alphabet())  # a token for every byte
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(BPE({character: token for token, character in enumerate(BYTES)}, []))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.slow
+@given(
+    prompt=st.text(min_size=1, max_size=4),
+    text=st.text(st.sampled_from("aé€😀"), min_size=1, max_size=8),
+    noise=st.binary(max_size=3),
+    stop=st.text(st.sampled_from("aé€😀"), min_size=1, max_size=3),
+    data=st.data(),
+)
+def test_vllm_reads_on_across_a_pause(
+    byte_tokenizer: PreTrainedTokenizerFast, prompt: str, text: str, noise: bytes, stop: str, data: st.DataObject
+) -> None:
+    """A character or stop string of several tokens, cut anywhere, or bytes that are no text: as without the pause."""
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    from grpo.rollouts.vllm import _Draft
+
+    cut_at = data.draw(st.integers(0, len(text)))
+    prompt_ids = byte_tokenizer.encode(prompt)
+    token_ids = byte_tokenizer.encode(text[:cut_at]) + [BYTES.index(encoded(byte)) for byte in noise] + byte_tokenizer.encode(text[cut_at:])
+    params = SamplingParams(stop=[stop], include_stop_str_in_output=True)
+
+    def detokenizer(begun: list[int]) -> Any:
+        request = EngineCoreRequest("0", prompt_ids + begun, None, params, None, 0.0, None, None, None, external_req_id="0")
+        processor = OutputProcessor(byte_tokenizer, log_stats=False)
+        processor.add_request(request, None)
+        job = Job(
+            number=0,
+            request=Request(problem_id="p", prompt_ids=tuple(prompt_ids), num_completions=1, seed=0),
+            index=0,
+            begun=Begun().extended(begun, [0.0] * len(begun), 0),
+        )
+        draft = _Draft(job, processor.request_states["0"], [])
+        if begun:
+            draft.go_on(byte_tokenizer, params)
+        return draft.state.detokenizer
+
+    def read(detokenizer: Any, tokens: list[int]) -> tuple[int, str | None]:
+        for place, token in enumerate(tokens):
+            if (found := detokenizer.update([token], stop_terminated=False)) is not None:
+                return place, found
+        return len(tokens), None
+
+    whole = detokenizer([])
+    ended, found = read(whole, token_ids)
+    if ended:
+        cut = data.draw(st.integers(1, ended))
+        gone_on = detokenizer(token_ids[:cut])
+        assert read(gone_on, token_ids[cut:]) == (ended - cut, found)
+        assert (gone_on.output_text, gone_on.output_token_ids) == (whole.output_text, whole.output_token_ids)
+
+
+def encoded(byte: int) -> str:
+    """The character that stands for a byte in a byte-level vocabulary: itself if it is printable, else the next one after 255."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return chr(byte) if byte in printable else chr(256 + sum(other not in printable for other in range(byte)))
+
+
+def serve_all(engine: Engine, jobs: Sequence[Job], sampling: Sampling) -> dict[int, Completion | Begun]:
+    coming = iter([jobs])
+    return {number: result for step in engine.serve(lambda idle: next(coming, Close.finish), sampling) for number, result in step}
+
+
+def pause_after(
+    engine: Engine, jobs: Sequence[Job], sampling: Sampling, steps: int, finish: bool = False
+) -> list[tuple[int, Completion | Begun]]:
+    """What came back of jobs after a pause.
+
+    Args:
+        finish: whether the feed has closed already when it pauses.
+    """
+    orders = itertools.chain([jobs], itertools.repeat(Close.finish if finish else (), steps - 1), itertools.repeat(Close.pause))
+    return [entry for step in engine.serve(lambda idle: next(orders), sampling) for entry in step]
+
+
+def with_pauses(engine: Engine, jobs: list[Job], sampling: Sampling, finish: bool) -> tuple[dict[int, Completion], list[Begun]]:
+    """Serve with pauses, ever fewer, until all are finished."""
+    done, pauses, steps = dict[int, Completion](), list[Begun](), 3
+    while jobs:
+        results = pause_after(engine, jobs, sampling, steps, finish)
+        assert sorted(number for number, _ in results) == [job.number for job in jobs]
+        begun = {number: result for number, result in results if isinstance(result, Begun)}
+        done |= {number: result for number, result in results if isinstance(result, Completion)}
+        jobs = [replace(job, begun=begun[job.number]) for job in jobs if job.number in begun]
+        pauses += begun.values()
+        steps *= 2
+    return done, pauses
+
+
+def first(completion: Completion, count: int) -> Begun:
+    """What a completion had after ``count`` tokens."""
+    return Begun(
+        token_ids=completion.token_ids[:count],
+        logprobs=completion.logprobs[:count],
+        policy_versions=completion.policy_versions[:count],
+        kept=completion.kept[:count],
+    )
+
+
+def assert_same(completion: Completion, expected: Completion, bound: float) -> None:
+    assert replace(completion, logprobs=expected.logprobs) == expected
+    assert completion.logprobs == pytest.approx(expected.logprobs, abs=bound)
+
+
 # --- engines with a model ---
 
 
@@ -297,53 +576,3 @@ def test_scripted_engine_cuts_long_answers(tokenizer: Any) -> None:
     engine = ScriptedEngine(tokenizer, lambda prompt, index, seed: "123456")
     (cut,) = engine.generate([Request(problem_id="a", prompt_ids=(5,), num_completions=1, seed=0)], Sampling(max_new_tokens=4))
     assert (cut.text, cut.finish_reason) == ("1234", FinishReason.length)
-
-
-# --- the collector ---
-
-
-class Ruler:
-    """Scores a completion by its index; ``unscored`` ones get NaN in the part of weight 0, or in the one that counts."""
-
-    def __init__(self, unscored: Mapping[int, str]) -> None:
-        self._unscored = unscored
-
-    def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
-        assert [c.problem_id for c in completions] == [p.id for p in problems]
-        return [
-            {part: Score(value=math.nan if self._unscored.get(c.index) == part else c.index) for part in ("main", "watched")}
-            for c in completions
-        ]
-
-
-def collector_of(tokenizer: Any, unscored: Mapping[int, str], seed: int = 0) -> Collector:
-    return Collector(
-        engine=ScriptedEngine(tokenizer),
-        runtime=Ruler(unscored),
-        encode=lambda problem: tuple(tokenizer.encode(problem.prompt)),
-        sampling=Sampling(max_new_tokens=100),
-        completions_per_problem=3,
-        weights={"main": 0.5, "watched": 0.0},
-        seed=seed,
-    )
-
-
-def problems_of(*ids: str) -> list[Problem]:
-    return [Problem(id=id, prompt="1+2=", answer="3") for id in ids]
-
-
-def test_collector_groups_by_problem_and_weighs_the_scores(tokenizer: Any) -> None:
-    collector = collector_of(tokenizer, unscored={1: "main", 2: "watched"})
-    groups = collector.collect(problems_of("b", "a"), step=1)
-    assert [(g.problem.id, [r.completion.index for r in g.rollouts]) for g in groups] == [("b", [0, 1, 2]), ("a", [0, 1, 2])]
-    zero, unscored, two = groups[0].rollouts
-    assert (zero.reward, two.reward) == (0.0, 1.0) and not unscored.scored
-    assert collector.timings.keys() == {"generate", "reward"}
-    with pytest.raises(ValueError, match="3 problems have only 2 ids"):
-        collector.collect(problems_of("a", "b", "a"), step=1)
-
-
-def test_request_seeds_depend_on_run_step_and_problem_alone() -> None:
-    seeds = {request_seed(seed, step, problem) for seed in (0, 1) for step in (0, 1, 10) for problem in ("a", "b", "0/a")}
-    assert len(seeds) == 18 and all(0 <= seed < 2**63 for seed in seeds)
-    assert request_seed(0, 0, "a") == 5050641589276093629  # recorded: another value would change every run

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.rollouts.base import Feed, Finished, Job, ServedEngine, SyncReport, Weights, jobs_of
+from grpo.rollouts.base import Close, Feed, Finished, Job, ServedEngine, SyncReport, Weights, jobs_of
 from grpo.rollouts.faults import Pulse, Restarts
 from grpo.rollouts.hf import HFEngine
 from grpo.rollouts.pool import EnginePool, start_ray, stop_ray
@@ -47,9 +48,13 @@ class DiligentEngine(ServedEngine):
         running: list[tuple[Job, int]] = []  # with the steps it still needs
         more = True
         while more or running:
-            jobs = feed(not running) if more else ()
-            more = jobs is not None
-            running += [(job, 100 if job.request.prompt_ids[0] == SLOW else 1 + job.number % 7) for job in jobs or ()]
+            jobs = feed(not running)
+            if jobs is Close.pause:
+                yield [(job.number, job.begun) for job, _ in running]
+                return
+            if isinstance(jobs, Close):
+                more, jobs = False, ()
+            running += [(job, 100 if job.request.prompt_ids[0] == SLOW else 1 + job.number % 7) for job in jobs]
             for job, _ in running[: self.slots]:
                 self._obey(job.request.prompt_ids[0])
             time.sleep(0.01)
@@ -124,49 +129,77 @@ def jobs_for(sizes: Sequence[int]) -> list[Job]:
     return jobs_of([Request(problem_id=str(i), prompt_ids=(1,), num_completions=size, seed=i) for i, size in enumerate(sizes)])
 
 
-@given(sizes=sizes, num_engines=st.integers(1, 5), schedule=st.sampled_from(Schedule), data=st.data())
-def test_every_job_is_finished_whoever_dies(sizes: list[int], num_engines: int, schedule: Schedule, data: st.DataObject) -> None:
-    """Engines take, finish and die in any order: everything is handed out until it is finished, nothing to two at a time."""
-    jobs = jobs_for(sizes)
-    handout, held, done = make_handout(schedule, jobs, num_engines), [set[Job]() for _ in range(num_engines)], set[Job]()
+@given(deals=st.lists(sizes, max_size=3), num_engines=st.integers(1, 5), schedule=st.sampled_from(Schedule), data=st.data())
+def test_every_job_is_finished_whoever_dies(deals: list[list[int]], num_engines: int, schedule: Schedule, data: st.DataObject) -> None:
+    """Jobs come, engines take, finish and die in any order: everything is handed out until it is finished, nothing to two at a time."""
+    jobs = jobs_for([size for deal in deals for size in deal])
+    coming = [jobs[sum(map(sum, deals[:place])) :][: sum(deal)] for place, deal in enumerate(deals)]
+    handout, held, done = make_handout(schedule, num_engines), [set[Job]() for _ in range(num_engines)], list[Job]()
     deaths = 0
-    while done != set(jobs):
+    while coming or handout.open:
+        if coming and (not handout.open or data.draw(st.booleans())):
+            handout.add(coming.pop(0))
         engine = data.draw(st.integers(0, num_engines - 1))
         if held[engine] and deaths < 6 and data.draw(st.booleans()):
             deaths += 1
-            again = handout.put_back(held[engine])
+            again = handout.lose(engine)
             assert held[engine] <= set(again)
             if schedule is Schedule.free:
                 assert held[engine] == set(again)
+            assert not any(handout.finish(engine, job.number) for job in held[engine]), "what a dead engine still says counts for nothing"
             held[engine] = set()
         elif held[engine] and data.draw(st.booleans()):
-            done.add(held[engine].pop())
+            job = held[engine].pop()
+            if handout.finish(engine, job.number):
+                done.append(job)
+            assert not handout.finish(engine, job.number)
         elif not (handout.exact and held[engine]):
-            taken = handout.take(len(held[engine]), slots=3)
+            taken = handout.take(engine, slots=3, able=num_engines)
             assert not set(taken) & set().union(*held)
             held[engine] |= set(taken)
-            assert any(held), "work is left, nobody holds any, and who asks is given none"
+            assert any(held) or not handout.open, "work is left, nobody holds any, and who asks is given none"
+        assert set(handout.open.values()) == set(jobs) - set(done) - {job for deal in coming for job in deal}
+    assert sorted(job.number for job in done) == [job.number for job in jobs]
 
 
-@given(sizes=sizes, num_engines=st.integers(1, 5))
-def test_fixed_shards_depend_on_jobs_and_engines_alone(sizes: list[int], num_engines: int) -> None:
-    jobs = jobs_for(sizes)
-    handout = FixedHandout(jobs, num_engines)
-    shards = [shard for _ in range(num_engines) if (shard := handout.take(0, slots=1))]
-    assert [job for shard in shards for job in shard] == jobs
-    assert all(shard[0].index == 0 for shard in shards), "no group is cut"
-    if shards:
-        assert handout.put_back(shards[-1][-1:]) == shards[-1], "a shard is done again as a whole"
-        assert handout.take(1, slots=1) == [] and handout.take(0, slots=1) == shards[-1]
+@given(deals=st.lists(sizes, max_size=3), num_engines=st.integers(1, 5))
+def test_fixed_shards_depend_on_what_came_together_and_the_engines_alone(deals: list[list[int]], num_engines: int) -> None:
+    handout = FixedHandout(num_engines)
+    for deal in deals:
+        jobs = jobs_for(deal)
+        handout.add(jobs)
+        shards = [shard for engine in range(num_engines) if (shard := handout.take(engine, slots=1, able=num_engines))]
+        assert [job for shard in shards for job in shard] == jobs
+        assert all(shard[0].index == 0 for shard in shards), "no group is cut"
+        if shards:
+            last = len(shards) - 1
+            for job in shards[last][:-1]:
+                assert handout.finish(last, job.number)
+            assert handout.take(last, slots=1, able=1) == []
+            assert handout.lose(last) == shards[last], "a shard is done again as a whole"
+            assert handout.take(last, slots=1, able=1) == shards[last]
+        for engine, shard in enumerate(shards):
+            for job in shard:
+                handout.finish(engine, job.number)
+        assert not handout.open
 
 
 def test_free_engines_get_an_equal_share_and_then_what_they_have_room_for() -> None:
-    handout = FreeHandout(jobs_for([4] * 6), num_engines=3)  # 24 jobs: a share is 8
-    assert [job.number for job in handout.take(0, slots=100)] == list(range(8))
-    assert [job.number for job in handout.take(0, slots=5)] == [8, 9, 10, 11, 12]
-    assert [job.number for job in handout.take(4, slots=5)] == [13]
-    assert handout.take(5, slots=5) == []
-    assert len(FreeHandout(jobs_for([4] * 6), num_engines=1).take(0, slots=5)) == 24, "one engine alone waits for nobody"
+    handout = FreeHandout(num_engines=3)
+    handout.add(jobs_for([4] * 6))  # 24 jobs: a share is 8
+    first, second = handout.take(0, slots=100, able=3), handout.take(1, slots=5, able=3)
+    assert [job.number for job in first] == list(range(8))
+    assert [job.number for job in second] == [8, 9, 10, 11, 12]
+    assert handout.take(1, slots=5, able=3) == []
+    handout.finish(1, 8)
+    assert [job.number for job in handout.take(1, slots=5, able=3)] == [13]
+    assert handout.take(0, slots=100, able=3) == [], "23 are out: the share is still 8"
+    assert [job.number for job in handout.take(0, slots=100, able=2)] == [14, 15, 16, 17], "of two it is 12"
+    handout.add([Job(100 + job.number, job.request, job.index) for job in jobs_for([6])])  # 6 wait, and 23 + 6 = 29: a share is 10
+    assert [job.number for job in handout.take(2, slots=100, able=3)] == [18, 19, 20, 21, 22, 23, 100, 101, 102, 103]
+    alone = FreeHandout(num_engines=1)
+    alone.add(jobs_for([4] * 6))
+    assert len(alone.take(0, slots=5, able=1)) == 24, "one engine alone waits for nobody"
 
 
 def test_a_pulse_stops_by_its_own_silence_alone() -> None:
@@ -378,6 +411,77 @@ def test_the_same_completions_from_one_engine_and_from_three_in_any_order_under_
         finally:
             pool.close()
     assert results[0] == results[1] and len(results[0]) == 72
+
+
+class UnhurriedEngine(ScriptedEngine):
+    """Says a token every few milliseconds."""
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AutoTokenizer
+
+        super().__init__(AutoTokenizer.from_pretrained(folder), lambda prompt, index, seed: f"{prompt[-5:]}{seed}{index}" * (2 + index % 3))
+
+    def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+        for finished in super().serve(feed, sampling):
+            time.sleep(0.01)
+            yield finished
+
+
+def pausing(jobs: Sequence[Job], results: Finished, moment: str, victim: int) -> Iterator[Sequence[Job] | Close]:
+    """Orders of a feed: a pause when some are finished and others under way, and a shot at that moment."""
+    yield jobs
+    while len(results) < 4:
+        yield ()
+    if moment == "before":
+        os.kill(victim, signal.SIGKILL)
+        yield ()
+    if moment == "with":
+        os.kill(victim, signal.SIGKILL)
+    yield Close.finish if moment == "no pause" else Close.pause
+    if moment == "after":
+        os.kill(victim, signal.SIGKILL)
+    while moment == "no pause":
+        yield Close.finish
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", Schedule)
+def test_a_pause_loses_and_doubles_nothing_though_engines_die_around_it(ray_cluster: None, tiny_model: str, schedule: Schedule) -> None:
+    """Killed just before the pause, with the order for it on its way, and just after it: every job comes back once, with what it had."""
+    from transformers import AutoTokenizer
+
+    wanted, sampling = prompts(12, AutoTokenizer.from_pretrained(tiny_model)), Sampling(max_new_tokens=40)
+    settings = {"factory": UnhurriedEngine, "kwargs": {"folder": tiny_model}, "schedule": schedule, "max_restarts": 100}
+    pool = EnginePool(num_engines=2, cpus_per_engine=1, **settings)  # type: ignore[arg-type]
+    try:
+        expected = dict(enumerate(pool.generate(wanted, sampling)))
+        open_jobs = {job.number: job for job in jobs_of(wanted)}
+        done: dict[int, Completion] = {}
+        for version, moment in enumerate(("no kill", "before", "with", "after", "no pause"), start=1):
+            pool.load_weights(weights_of(version), version)
+            results: Finished = []
+            orders = pausing(list(open_jobs.values()), results, moment, pool.processes()[-1])
+            for finished in pool.serve(lambda idle, orders=orders: next(orders), sampling):  # type: ignore[misc]
+                results += finished
+            next(orders, None)
+            assert sorted(number for number, _ in results) == sorted(open_jobs)
+            for number, result in results:
+                before, whole = open_jobs[number].begun, expected[number].token_ids
+                assert result.token_ids == whole[: len(result.token_ids)] and len(result.token_ids) >= len(before.token_ids)
+                new = len(result.token_ids) - len(before.token_ids)
+                assert result.policy_versions == before.policy_versions + (version,) * new
+                if isinstance(result, Completion):
+                    assert (result.text, result.token_ids) == (expected[number].text, whole)
+                    done[number] = result
+                    del open_jobs[number]
+                else:
+                    open_jobs[number] = replace(open_jobs[number], begun=result)
+            if moment == "before":
+                assert any(set(job.begun.policy_versions) == {1, 2} for job in open_jobs.values()), "none was gone on with and paused again"
+        assert done.keys() == expected.keys() and pool.metrics()["engine/replaced"] == 3
+        assert pool.metrics()["engine/completions_redone"] > 0
+    finally:
+        pool.close()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,8 +28,8 @@ PROMPTS = {  # what comes before the prompts
 some_shapes = st.lists(st.tuples(st.integers(1, 12), st.lists(st.integers(1, 8), min_size=1, max_size=5)), min_size=1, max_size=5)
 
 
-def make_batch(shapes: Sequence[tuple[int, Sequence[int]]], seed: int = 0, prompts: str = "strangers") -> Batch:
-    """``shapes``: of each group, the tokens of its prompt and of each completion."""
+def make_batch(shapes: Sequence[tuple[int, Sequence[int]]], seed: int = 0, prompts: str = "strangers", turns: bool = False) -> Batch:
+    """``shapes``: of each group, the tokens of its prompt and of each completion. ``turns``: some of those are an environment's."""
     rng = random.Random(seed)
     groups = []
     for g, (prompt_length, lengths) in enumerate(shapes):
@@ -45,10 +46,17 @@ def make_batch(shapes: Sequence[tuple[int, Sequence[int]]], seed: int = 0, promp
                 logprobs=(-1.0,) * length,
                 policy_versions=(0,) * length,
                 finish_reason=FinishReason.stop,
+                sampled=rng.choice([(), some_sampled(rng, length)]) if turns else (),
             )
             rollouts.append(Rollout(problem=problem, completion=completion, scores={}, reward=0.0))
         groups.append(Group(problem=problem, rollouts=tuple(rollouts)))
     return collate(groups)
+
+
+def some_sampled(rng: random.Random, length: int) -> tuple[bool, ...]:
+    """One token of the policy's at least; the others anyone's, those at either end as well."""
+    certain = rng.randrange(length)
+    return tuple(i == certain or rng.random() < 0.5 for i in range(length))
 
 
 def laid_out(batch: Batch, layout: LayoutName, budget: int) -> list[tuple[list[list[int]], ModelInputs]]:
@@ -109,16 +117,33 @@ def test_shared_prompt_golden() -> None:
     assert inputs.targets.tolist() == [token for c in completions for token in c.token_ids]
 
 
+def test_what_an_environment_said_is_an_input_and_no_target() -> None:
+    """Prompt (p q), completion a b | x y | c | z with x y z an environment's: z comes after all that is trained, and c predicts nothing.
+
+    a is predicted by q (1), b by a (2), c by y (5); the second completion, (d), by q. Columns: p q a b x y.
+    """
+    batch = make_batch([(2, (6, 1))])
+    first = replace(batch.rollouts[0].completion, token_ids=(11, 12, 13, 14, 15, 16), sampled=(True, True, False, False, True, False))
+    rows = [replace(batch.rollouts[0], completion=first), batch.rollouts[1]]
+    (p, q), (d,) = first.prompt_ids, rows[1].completion.token_ids
+    inputs = layouts.shared_prompt([rows])
+    assert inputs.input_ids.tolist() == [[p, q, 11, 12, 13, 14]]
+    assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert (inputs.gather.tolist(), inputs.targets.tolist()) == ([1, 2, 5, 1], [11, 12, 15, d])
+    assert layouts.packed([[r] for r in rows]).gather.tolist() == [1, 2, 5, 7]
+    assert layouts.padded([[r] for r in rows]).gather.tolist() == [1, 2, 5, 7]
+
+
 def _with_prompt(completion: Completion, prompt: tuple[int, ...]) -> Completion:
     fields = {name: getattr(completion, name) for name in completion.__slots__}
     return Completion(**fields | {"prompt_ids": prompt})
 
 
-@given(some_shapes, st.sampled_from(sorted(PROMPTS)), st.sampled_from(LAYOUTS), st.integers(1, 150), st.integers(0, 10**6))
+@given(some_shapes, st.sampled_from(sorted(PROMPTS)), st.sampled_from(LAYOUTS), st.integers(1, 150), st.integers(0, 10**6), st.booleans())
 def test_what_a_predictor_sees_is_exactly_what_stood_before_its_target(
-    shapes: list[tuple[int, list[int]]], prompts: str, layout: LayoutName, budget: int, seed: int
+    shapes: list[tuple[int, list[int]]], prompts: str, layout: LayoutName, budget: int, seed: int, turns: bool
 ) -> None:
-    batch = make_batch(shapes, seed, prompts)
+    batch = make_batch(shapes, seed, prompts, turns)
     for part, inputs in laid_out(batch, layout, budget):
         if inputs.tree is None:
             assert inputs.attention_mask is not None
@@ -129,7 +154,8 @@ def test_what_a_predictor_sees_is_exactly_what_stood_before_its_target(
         told = iter(zip(inputs.gather.tolist(), inputs.targets.tolist(), strict=True))
         for completion in (batch.rollouts[i].completion for row in part for i in row):
             whole = completion.prompt_ids + completion.token_ids
-            for at in range(len(completion.prompt_ids), len(whole)):
+            trained = completion.sampled or (True,) * len(completion.token_ids)
+            for at in (at for at, own in enumerate(trained, start=len(completion.prompt_ids)) if own):
                 predictor, target = next(told)
                 row, column = divmod(predictor, inputs.input_ids.shape[1])
                 seen = sees[row, column]
@@ -155,11 +181,11 @@ def test_a_prompt_is_computed_once_a_group_and_a_common_beginning_once() -> None
     assert computed(make_batch(shapes, prompts="worked examples"), "shared_prompt", 10_000) == [6 + 2 * (30 + 3 * 3 + 1)]
 
 
-@given(some_shapes, st.sampled_from(sorted(PROMPTS)), st.sampled_from(LAYOUTS), st.integers(1, 150))
+@given(some_shapes, st.sampled_from(sorted(PROMPTS)), st.sampled_from(LAYOUTS), st.integers(1, 150), st.booleans())
 def test_microbatches_hold_every_rollout_once_within_the_budget_longest_first(
-    shapes: list[tuple[int, list[int]]], prompts: str, layout: LayoutName, budget: int
+    shapes: list[tuple[int, list[int]]], prompts: str, layout: LayoutName, budget: int, turns: bool
 ) -> None:
-    batch = make_batch(shapes, prompts=prompts)
+    batch = make_batch(shapes, prompts=prompts, turns=turns)
     parts = laid_out(batch, layout, budget)
     rows = [row for part, _ in parts for row in part]
     assert sorted(i for row in rows for i in row) == list(range(len(batch.rollouts)))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,15 +130,12 @@ def test_all_loggers_finish_even_if_one_fails(run: RunFolder) -> None:
     assert finished == [True, True, True]
 
 
-def test_jsonl_goes_on_from_the_checkpoint(run: RunFolder) -> None:
-    first = JsonlLogger()
-    first.start(CONFIG, run, None)
-    for step in (1, 2, 3):
-        first.log(step, {"reward/mean": float(step)})
-    second = JsonlLogger()
-    second.start(CONFIG, run, resumed_from=2)
-    second.log(3, {"reward/mean": 9.0})
-    assert [row["reward/mean"] for row in run.read_metrics()] == [1.0, 2.0, 9.0]
+def test_jsonl_adds_a_line_a_step(run: RunFolder) -> None:
+    for number in (1, 2):  # the second start goes on behind what is there; ``grpo.checkpoint.rewind`` has cut it to its checkpoint
+        logger = JsonlLogger()
+        logger.start(CONFIG, run, resumed_from=number - 1)
+        logger.log(number, {"reward/mean": float(number)})
+    assert run.read_metrics() == [{"step": 1, "reward/mean": 1.0}, {"step": 2, "reward/mean": 2.0}]
 
 
 def test_tensorboard_holds_the_scalars(run: RunFolder) -> None:
@@ -193,6 +193,36 @@ def test_wandb_without_its_server_warns_once_and_goes_on_offline(
     assert time.monotonic() - started < 20
     assert capsys.readouterr().err.count("Weights & Biases failed, training goes on") == 1
     assert list(run.path.glob("wandb/offline-run-*"))
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_wandb_process_that_dies_is_said_once_and_costs_nothing_but_its_log(run: RunFolder) -> None:
+    """In an interpreter of its own, since what wandb does at its end is part of it."""
+    script = f"""
+import os, signal
+from pathlib import Path
+from grpo.config import WandbConfig
+from grpo.loggers import WandbLogger
+from grpo.run import RunFolder
+
+logger = WandbLogger(WandbConfig(), init_timeout=20, finish_timeout=20)
+logger.start({{}}, RunFolder(Path({str(run.path)!r})), None)
+logger.log(1, {{"x": 1.0}})
+children = [c for thread in Path("/proc/self/task").iterdir() for c in (thread / "children").read_text().split()]
+service = [int(c) for c in children if "wandb-core" in Path(f"/proc/{{c}}/cmdline").read_text()]
+for process in service:
+    os.kill(process, signal.SIGKILL)
+    os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+for step in range(2, 20):
+    logger.log(step, {{"x": 1.0}})
+logger.finish({{"best": 1.0}})
+print("trained on", len(service))
+"""
+    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not the service of the tests before
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=alone)
+    assert (done.returncode, done.stdout) == (0, "trained on 1\n"), done.stderr
+    assert done.stderr.count("warning: Weights & Biases failed, training goes on") == 1
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.usefixtures("nobody")

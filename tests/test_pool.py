@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from grpo.rollouts.base import Feed, Finished, Job, ServedEngine, SyncReport, Weights
+from grpo.rollouts.base import Begun, Close, Feed, Finished, Job, ServedEngine, SyncReport, Weights, jobs_of
 from grpo.rollouts.pool import EnginePool, start_ray, stop_ray
 from grpo.rollouts.proof import Arrivals
 from grpo.rollouts.weights import WeightStream
@@ -37,9 +40,12 @@ class DrillEngine(ServedEngine):
         waiting: list[Job] = []
         more = True
         while more or waiting:
-            jobs = feed(not waiting) if more else ()
-            more = jobs is not None
-            waiting += jobs or ()
+            jobs = feed(not waiting)
+            if jobs is Close.pause:
+                yield [(job.number, job.begun) for job in waiting]
+                return
+            more = more and not isinstance(jobs, Close)
+            waiting += () if isinstance(jobs, Close) else jobs
             if waiting:
                 job = waiting.pop(0)
                 yield from self._obey(job.request.prompt_ids[0])
@@ -170,6 +176,56 @@ def test_an_interruption_is_quick_and_the_engines_stay_usable(pool: EnginePool) 
     assert processes_of(pool) == before
 
 
+class Serving(threading.Thread):
+    """A pool that serves in the background what is put into ``orders``."""
+
+    def __init__(self, pool: EnginePool) -> None:
+        super().__init__(name="rollouts")
+        self.orders: queue.SimpleQueue[Sequence[Job] | Close] = queue.SimpleQueue()
+        self.results: Finished = []
+        self.error: BaseException | None = None
+        self._pool = pool
+        self.start()
+
+    def run(self) -> None:
+        try:
+            for finished in self._pool.serve(self._feed, SAMPLING):
+                self.results += finished
+        except BaseException as error:
+            self.error = error
+
+    def _feed(self, idle: bool) -> Sequence[Job] | Close:
+        try:
+            return self.orders.get(timeout=0.02)
+        except queue.Empty:
+            return ()
+
+
+@pytest.mark.slow
+def test_a_pool_serves_in_another_thread_and_does_one_thing_at_a_time(pool: EnginePool) -> None:
+    serving = Serving(pool)
+    serving.orders.put(jobs_of(requests(1, 2)))
+    assert wait_until(lambda: len(serving.results) == 4)
+    weights = {"a": torch.ones(3)}
+    with pytest.raises(RuntimeError, match=r"cannot load_weights now: serve in thread 'rollouts' is under way\n  → do one after the other"):
+        pool.load_weights(weights, 8)
+    with pytest.raises(RuntimeError, match="cannot serve now"):
+        pool.generate(requests(1), SAMPLING)
+    serving.orders.put([replace(job, number=10 + job.number) for job in jobs_of(requests(*[300] * 20))])
+    serving.orders.put(Close.pause)
+    serving.join(timeout=20)
+    numbers = [number for number, _ in serving.results]
+    assert not serving.is_alive() and sorted(numbers) == [*range(4), *range(10, 50)]
+    assert sum(isinstance(result, Begun) for _, result in serving.results) > 30, "what was not begun did not come back"
+    assert pool.load_weights(weights, 9).version == 9
+    steps = pool.serve(lambda idle: jobs_of(requests(300)), SAMPLING)
+    next(steps)
+    with pytest.raises(RuntimeError, match="close an iterator that is not used up"):
+        pool.probe(requests(1), SAMPLING)
+    steps.close()
+    assert {c.policy_versions for c in pool.generate(requests(1, 2), SAMPLING)} == {(9,)}
+
+
 @pytest.mark.slow
 def test_a_pool_that_can_not_start_says_why(ray_cluster: None, pool: EnginePool) -> None:
     pool.close()  # its CPUs are needed
@@ -188,7 +244,12 @@ def test_close_leaves_no_engine_process(ray_cluster: None) -> None:
     drill = make_pool()
     pids = processes_of(drill)
     assert len(pids) == 2 and all(map(is_alive, pids))
+    serving = Serving(drill)
+    serving.orders.put(jobs_of(requests(*[300] * 20)))
+    assert wait_until(lambda: len(serving.results) > 0)
     drill.close()
+    serving.join(timeout=10)
+    assert not serving.is_alive() and "this engine pool is closed" in str(serving.error)
     assert wait_until(lambda: not any(map(is_alive, pids)))
 
 

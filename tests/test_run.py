@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.config import ConfigError
+from grpo.conditions import check_conditions, conditions
+from grpo.config import Config, ConfigError, EngineName, RolloutConfig, ScheduleName
 from grpo.metrics import best_and_worst, bootstrap_half_width, duration, eval_metrics, headline, pass_at_k, rollout_metrics
-from grpo.run import RunFolder, environment
+from grpo.run import RunFolder, StorageError, environment, storage
 from grpo.types import Completion, FinishReason, Group, Outcome, Problem, Rollout, Score
 
 NAN = math.nan
@@ -199,10 +203,65 @@ def test_open_refuses_what_is_no_run(tmp_path: Path, run: RunFolder) -> None:
 
 
 def test_environment_is_complete_and_json(run: RunFolder) -> None:
-    run.write_environment()
+    assert run.read_environment() == {}
+    run.write_environment(environment({"trainer_threads": 2}))
     recorded = json.loads(run.environment_file.read_text())
-    assert recorded.keys() == environment().keys()
+    assert recorded == run.read_environment()
     assert recorded["cores"] >= 1 and recorded["memory_gib"] > 0 and recorded["packages"]["torch"]
+    assert recorded["conditions"] == {"trainer_threads": 2}
+
+
+# ---------------------------------------------------------------- what the bits rest on
+
+
+def held(*, threads: int = 2, **settings: object) -> dict[str, object]:
+    """The environment of a run, with other settings of ``rollout`` and ``trainer`` than their defaults."""
+    config = Config(rollout=RolloutConfig(engine=EngineName.vllm, schedule=ScheduleName.fixed))
+    for name, value in settings.items():
+        setattr(config.trainer if name == "ranks" else config.rollout, name, value)
+    now = conditions(config, cpus_per_engine=2, trainer_threads=threads, device="cpu", precision="bfloat16", cpu_instructions="AVX512")
+    return {"conditions": dict(now), "packages": {"torch": "2.13.0", "vllm": "0.32.0", "transformers": "5.16.1"}, "cpu": "Xeon"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "exact"),
+    [
+        ({}, True),
+        ({"schedule": ScheduleName.free}, False),
+        ({"engine": EngineName.hf, "schedule": ScheduleName.free}, True),
+        ({"engine": EngineName.scripted, "schedule": ScheduleName.free}, True),
+        ({"engine": EngineName.hf, "schedule": ScheduleName.free, "max_staleness": 1}, False),
+        ({"ranks": 2}, False),
+    ],
+)
+def test_what_promises_the_same_bits(settings: dict[str, object], exact: bool) -> None:
+    recorded = held(**settings)["conditions"]
+    assert isinstance(recorded, dict) and recorded["exact"] is exact
+    assert ("cpus_per_engine" in recorded) == ("engine" not in settings), "an engine in the trainer's process has the trainer's threads"
+
+
+def test_a_changed_condition_is_refused_or_said() -> None:
+    before = held()
+    assert check_conditions(before, held(), exact=True) == []
+    with pytest.raises(ConfigError, match=r"run\.exact: .* num_engines was 1 and is 2; trainer_threads was 2 and is 4 ") as caught:
+        check_conditions(before, held(threads=4, num_engines=2), exact=True)
+    remedy = str(caught.value).splitlines()[1]
+    assert remedy == "  → rollout.num_engines=1, OMP_NUM_THREADS=2 in front of the command; or go on all the same: run.exact=false"
+    assert check_conditions(before, held(threads=4), exact=False) == ["trainer_threads was 2 and is 4: from here on the bits may be others"]
+    free = held(schedule=ScheduleName.free)
+    assert check_conditions(free, held(threads=4, schedule=ScheduleName.free), exact=True) == [], "nothing was promised"
+    assert check_conditions({}, held(), exact=True) == [], "environment.json is lost"
+
+
+def test_other_versions_and_cpus_are_a_warning() -> None:
+    now = held() | {"packages": {"torch": "2.14.0", "vllm": "0.32.0", "transformers": "5.16.1"}, "cpu": "EPYC"}
+    assert check_conditions(held(), now, exact=True) == [
+        "torch was 2.13.0 and is 2.14.0: from here on the bits may be others",
+        "the CPU was Xeon and is EPYC: from here on the bits may be others",
+    ]
+
+
+# ---------------------------------------------------------------- what a crash, a disk and another process may do
 
 
 def test_metrics_survive_nan_and_a_torn_last_line(run: RunFolder) -> None:
@@ -231,9 +290,14 @@ def test_resume_forgets_what_came_after_the_checkpoint(run: RunFolder) -> None:
         run.write_rollouts(step, [group("a", [1.0])], folder="eval")
     with run.metrics_file.open("a") as file:
         file.write('{"step": 4, "rew')
-    run.truncate_metrics(2)
+    (run.path / "rollouts" / ".step_000003.parquet.77.tmp").write_text("PAR")
+    (run.path / ".report.html.77.tmp").write_text("<ht")
+    run.rewind(2, {})
     run.append_metrics({"step": 3, "reward/mean": 0.7})
     assert [row["step"] for row in run.read_metrics()] == [1, 2, 3]
+    assert math.isnan(run.read_metrics()[0]["policy/loss"])
+    run.drop_metrics(2)
+    assert [row["step"] for row in run.read_metrics()] == [1, 3]
     assert run.rollout_steps() == run.rollout_steps("eval") == [1, 2]
     assert not list(run.path.rglob("*.tmp"))
 
@@ -275,10 +339,49 @@ def test_a_crash_while_writing_leaves_the_old_file(run: RunFolder, monkeypatch: 
     before = run.rollout_file(1).read_bytes()
 
     def crash(*_: object) -> None:
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(StorageError, match=r"run\.dir: cannot write '.*step_000001.parquet': No space left on device\n  → .* MiB are free"):
         run.write_rollouts(1, [group("a", [0.0, 0.0])])
     assert run.rollout_file(1).read_bytes() == before
     assert not list(run.path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room, or keep fewer checkpoints (run.keep_checkpoints), and go on"),
+        (errno.EROFS, "make the folder writable, or copy it to a place that is and go on with the copy"),
+        (errno.EACCES, "make the folder writable, or copy it to a place that is and go on with the copy"),
+        (errno.EFBIG, "raise the limit (ulimit -f), and go on"),
+        (errno.EIO, "see to the disk, and go on"),
+    ],
+)
+def test_what_a_disk_says_comes_with_a_remedy(tmp_path: Path, number: int, remedy: str) -> None:
+    with pytest.raises(StorageError) as caught, storage(tmp_path / "a" / "b"):
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value).startswith(f"run.dir: cannot write '{tmp_path}/a/b': {os.strerror(number)}\n  → ")
+    assert str(caught.value).endswith(f"{remedy}; what was saved is whole")
+    assert caught.value.errno == number
+
+
+def test_a_row_that_does_not_fit_is_a_storage_error(run: RunFolder) -> None:
+    run.metrics_file.symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"metrics\.jsonl': No space left on device"):
+        run.append_metrics({"step": 1})
+
+
+def test_two_processes_do_not_train_in_one_folder(run: RunFolder) -> None:
+    hold = (
+        "import sys, time; from pathlib import Path; from grpo.run import RunFolder\n"
+        f"with RunFolder(Path({str(run.path)!r})).held(): print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match=r"run: another process trains in '.*name'\n  → wait for its end, or stop it"), run.held():
+        pass
+    other.kill()
+    other.communicate()
+    with run.held():  # whoever dies lets go
+        pass

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from grpo.kept import unpack
 from grpo.rollouts.sampling import completion_key, sample, uniforms
 
 
-def settings(rows: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.full((rows,), temperature), torch.full((rows,), top_p), torch.full((rows,), top_k)
+def settings(
+    rows: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.full((rows,), temperature), torch.full((rows,), top_p), torch.full((rows,), top_k), torch.full((rows,), min_p)
 
 
 def numbers(rows: int, seed: int = 0, position: int = 0) -> Tensor:
@@ -20,12 +24,13 @@ def numbers(rows: int, seed: int = 0, position: int = 0) -> Tensor:
     return uniforms(keys, torch.full((rows,), position))
 
 
-def naive_logprobs(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
+def naive_logprobs(logits: Tensor, temperature: float, top_p: float, top_k: int, min_p: float = 0.0) -> Tensor:
     """One row, token by token in Python floats; -inf where truncated."""
     scaled = (logits.double() / temperature).tolist()
     total = math.fsum(map(math.exp, scaled))
     probabilities = [math.exp(x) / total for x in scaled]
     order = sorted(range(len(scaled)), key=lambda token: -probabilities[token])
+    order = [token for token in order if probabilities[token] >= min_p * probabilities[order[0]]]
     if top_k:
         order = order[:top_k]
     left = math.fsum(probabilities[token] for token in order)
@@ -62,7 +67,8 @@ def test_uniforms_look_uniform_and_independent() -> None:
 def test_frequencies_are_the_softmax(vocab: int, temperature: float) -> None:
     rows = 20_000
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)) * 1.5
-    tokens, _ = sample(logits.repeat(rows, 1), numbers(rows, seed=vocab), *settings(rows, temperature))
+    tokens, _, kept = sample(logits.repeat(rows, 1), numbers(rows, seed=vocab), *settings(rows, temperature))
+    assert kept == []
     expected = rows * torch.softmax(logits.double() / temperature, 0)
     counts = torch.bincount(tokens, minlength=vocab).double()
     common = expected >= 5  # the χ² approximation wants no smaller cell; the rest is pooled
@@ -74,34 +80,52 @@ def test_frequencies_are_the_softmax(vocab: int, temperature: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 5), (0.9, 0.6, 40), (1.0, 1e-6, 0)]
+    ("temperature", "top_p", "top_k", "min_p"),
+    [
+        (1.0, 1.0, 0, 0.0),
+        (0.7, 1.0, 0, 0.0),
+        (1.3, 0.8, 0, 0.0),
+        (1.0, 1.0, 5, 0.0),
+        (0.9, 0.6, 40, 0.0),
+        (1.0, 1e-6, 0, 0.0),
+        (1.0, 1.0, 0, 0.05),
+        (1.5, 1.0, 0, 1e-4),
+        (0.8, 0.7, 30, 0.02),
+        (1.2, 0.9, 0, 0.01),
+    ],
 )
 @pytest.mark.parametrize("vocab", [50, 1500])
-def test_logprobs_and_support_equal_a_naive_reference(vocab: int, temperature: float, top_p: float, top_k: int) -> None:
+def test_logprobs_and_support_equal_a_naive_reference(vocab: int, temperature: float, top_p: float, top_k: int, min_p: float) -> None:
     rows = 400
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(1)) * 2
-    tokens, logprobs = sample(logits.repeat(rows, 1), numbers(rows), *settings(rows, temperature, top_p, top_k))
-    expected = naive_logprobs(logits, temperature, top_p, top_k)
+    tokens, logprobs, kept = sample(logits.repeat(rows, 1), numbers(rows), *settings(rows, temperature, top_p, top_k, min_p))
+    expected = naive_logprobs(logits, temperature, top_p, top_k, min_p)
     assert torch.isfinite(expected[tokens]).all(), "a truncated token was sampled"
     torch.testing.assert_close(logprobs, expected[tokens], atol=2e-6, rtol=0)
+    support = torch.isfinite(expected).nonzero().flatten().tolist()
+    truncates = top_p < 1 or top_k > 0 or min_p > 0
+    assert [unpack(one, vocab).tolist() for one in set(kept)] == ([support] if truncates else [])
     if top_k == 5:
         assert len(tokens.unique()) == 5
 
 
-def test_flat_distribution_beyond_the_first_candidates() -> None:
-    """top_p keeps more entries than the first look at the largest 1,024 finds."""
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"min_p": 0.5}, {"top_p": 0.9, "min_p": 0.5}, {"top_k": 2500}], ids=str)
+def test_flat_distribution_beyond_the_first_candidates(cut: dict[str, Any]) -> None:
+    """More entries stay than the first look at the largest 1,024 finds."""
     vocab, rows = 5000, 2000
     logits = torch.linspace(0, 1, vocab)
-    tokens, logprobs = sample(logits.repeat(rows, 1), numbers(rows), *settings(rows, top_p=0.9))
-    expected = naive_logprobs(logits, 1.0, 0.9, 0)
+    tokens, logprobs, kept = sample(logits.repeat(rows, 1), numbers(rows), *settings(rows, **cut))
+    expected = naive_logprobs(logits, **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0} | cut)
     assert torch.isfinite(expected[tokens]).all() and tokens.min() < 3000
+    assert [unpack(one, vocab).tolist() for one in set(kept)] == [torch.isfinite(expected).nonzero().flatten().tolist()]
     torch.testing.assert_close(logprobs, expected[tokens], atol=2e-6, rtol=0)
 
 
 def test_temperature_zero_is_greedy_with_the_plain_logprob() -> None:
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(2))
     expected = torch.log_softmax(logits.double(), -1).max(-1)
-    tokens, logprobs = sample(logits.clone(), numbers(5), *settings(5, 0.0, 0.5, 3))
+    tokens, logprobs, kept = sample(logits.clone(), numbers(5), *settings(5, 0.0, 0.5, 3, 0.1))
+    assert kept == []
     assert torch.equal(tokens, expected.indices)
     torch.testing.assert_close(logprobs, expected.values, atol=1e-6, rtol=0)
 
@@ -111,7 +135,7 @@ def test_never_a_token_of_probability_zero() -> None:
     logits = torch.full((1, 1000), -math.inf)
     logits[0, [3, 700]] = torch.tensor([0.0, 1.0])
     for u in (0.0, 2.0**-53, 1 / (1 + math.e), 0.5, 1 - 2.0**-53):
-        token, logprob = sample(logits.clone(), torch.tensor([u], dtype=torch.float64), *settings(1))
+        token, logprob, _ = sample(logits.clone(), torch.tensor([u], dtype=torch.float64), *settings(1))
         assert token.item() in (3, 700) and math.isfinite(logprob.item())
     assert token.item() == 700
 
@@ -132,9 +156,13 @@ def test_a_row_depends_on_itself_alone() -> None:
     temperature = torch.tensor([1.0, 0.7, 0.0, 1.5] * 6)
     top_p = torch.tensor([1.0, 1.0, 1.0, 0.9, 0.5, 1.0] * 4)
     top_k = torch.tensor([0, 0, 20] * 8)
-    together = sample(logits.clone(), u, temperature, top_p, top_k)
+    min_p = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.0, 0.2] * 3)
+    together = sample(logits.clone(), u, temperature, top_p, top_k, min_p)
     for row in range(rows):
         one = slice(row, row + 1)
-        alone = sample(logits[one].clone(), u[one], temperature[one], top_p[one], top_k[one])
-        assert alone[0].item() == together[0][row].item()
-        assert alone[1].item() == together[1][row].item()
+        alone = sample(logits[one].clone(), u[one], temperature[one], top_p[one], top_k[one], min_p[one])
+        assert alone.tokens.item() == together.tokens[row].item()
+        assert alone.logprobs.item() == together.logprobs[row].item()
+        assert (alone.kept or [b""]) == together.kept[row : row + 1]
+        is_cut = temperature[row] > 0 and (top_p[row] < 1 or top_k[row] > 0 or min_p[row] > 0)
+        assert bool(together.kept[row]) == bool(is_cut)

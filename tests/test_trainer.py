@@ -181,10 +181,11 @@ def test_resume_is_exact(tmp_path: Path, tiny_model: str, algo: str, settings: S
             assert halves.read_rollouts(step, folder).equals(straight.read_rollouts(step, folder)), (folder, step)  # type: ignore[arg-type]
 
 
-def test_resume_without_a_checkpoint_says_so(recipe: str) -> None:
+def test_resume_without_its_checkpoints_says_so(recipe: str) -> None:
     run = RunFolder.create(Path(recipe).parent / "runs", "digits", "empty")
     run.write_config("run: {steps: 9}\n")
-    with pytest.raises(ConfigError, match=r"(?s)run\.resume: .*has no checkpoint to go on from\n  → start it anew"):
+    run.append_metrics({"step": 2, "time/checkpoint": 0.1})
+    with pytest.raises(ConfigError, match=r"(?s)run\.resume: the checkpoints of .*empty are gone\n  → "):
         run_recipe(recipe, "run.name=empty", "run.resume=true")
     assert run.config_file.read_text() == "run: {steps: 9}\n", "nothing was touched"
     with pytest.raises(ConfigError, match=r"does not exist .*\n  → "):
@@ -196,15 +197,15 @@ def test_resume_without_a_checkpoint_says_so(recipe: str) -> None:
 
 def test_an_interrupted_generation_leaves_the_last_step_and_its_problems(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = run_recipe(recipe, "run.steps=3", "run.name=straight")
-    generate, calls = HFEngine.generate, []
+    serve, calls = HFEngine.serve, []
 
     def stopping(self: HFEngine, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:  # the evaluation at the start, step 1, step 2
             raise Interrupted
-        return generate(self, *args, **kwargs)
+        return serve(self, *args, **kwargs)
 
-    monkeypatch.setattr(HFEngine, "generate", stopping)
+    monkeypatch.setattr(HFEngine, "serve", stopping)
     with pytest.raises(Interrupted):
         run_recipe(recipe, "run.steps=3", "run.name=cut")
     cut = RunFolder.open(straight.path.parent / "cut")
@@ -390,3 +391,34 @@ def test_two_ranks_follow_the_run_of_one(recipe: str) -> None:
         for name in ("policy/loss", "policy/grad_norm", "policy/entropy", "policy/ratio_max", "reward/mean", "sampler/logprob_diff"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
         assert a["policy/trained_rollouts"] == b["policy/trained_rollouts"]
+
+
+# ---------------------------------------------------------------- sampling ahead
+
+
+def problem_ids(run: RunFolder) -> list[str]:
+    """Of all groups trained on, in order."""
+    return [group for step in run.rollout_steps() for group in dict.fromkeys(run.read_rollouts(step)["group"].to_pylist())]
+
+
+def test_a_run_that_samples_ahead_trains_on_the_same_problems_in_the_same_order(recipe: str) -> None:
+    ahead = run_recipe(recipe, "run.name=ahead", "run.steps=5", "rollout.max_staleness=2")
+    strict = run_recipe(recipe, "run.name=strict", "run.steps=5")
+    assert problem_ids(ahead) == problem_ids(strict)
+    rows = [row for row in ahead.read_metrics() if "policy/loss" in row]
+    assert all(0 <= row["rollout/staleness_mean"] <= row["rollout/staleness_max"] <= 2 for row in rows)
+    assert all(row["async/groups_ahead"] == 4 and "time/wait" in row for row in rows), "two batches of two"
+    assert "Sampling runs ahead by up to 2 steps" in ahead.objective_file.read_text()
+    for step in range(1, 6):
+        table = ahead.read_rollouts(step)
+        assert table.num_rows == 8 and all(max(versions) < step for versions in table["policy_versions"].to_pylist())
+
+
+def test_a_resumed_run_that_samples_ahead_counts_every_group_once(recipe: str) -> None:
+    ahead = ["rollout.max_staleness=2", "run.checkpoint_every=1"]
+    straight = run_recipe(recipe, "run.name=straight", "run.steps=6", *ahead)
+    halves = run_recipe(recipe, "run.name=halves", "run.steps=3", *ahead)
+    go_on(halves, "run.steps=6")
+    assert problem_ids(halves) == problem_ids(straight) and len(set(problem_ids(halves))) == 12
+    versions = [v for row in halves.read_rollouts(4)["policy_versions"].to_pylist() for v in row]
+    assert min(versions) < 3, "what had been sampled before the stop was trained on after it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -300,8 +301,9 @@ def test_a_sound_engine_passes_the_self_test_and_is_left_with_the_weights(
     assert result.noise < 1e-5 and min(result.seen.values()) > 1e-4  # float32; the random model's q and k move the least
     (completions,) = engine.probe(probe, FEW)
     assert {c.policy_versions for c in completions} == {(0,) * len(c.token_ids) for c in completions}
-    assert probe_difference(engine, weights, score, probe, FEW) < 1e-5
-    assert probe_difference(engine, {**weights, TENSOR: changed(TENSOR, weights[TENSOR])}, score, probe, FEW) > 1e-3
+    assert probe_difference(engine, partial(score, weights), probe, FEW) < 1e-5
+    other = {**weights, TENSOR: changed(TENSOR, weights[TENSOR])}
+    assert probe_difference(engine, partial(score, other), probe, FEW) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["embed_tokens", "k_proj", "down_proj", "post_attention_layernorm", "model.norm"])

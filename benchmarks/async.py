@@ -1,0 +1,201 @@
+"""What sampling ahead of the updates gives: time and idleness by pacing alone, and what it does to learning.
+
+    python benchmarks/async.py pacing [--updates 40]
+    python benchmarks/async.py learning [--steps 12] [--runs runs] [OVERRIDE …]
+
+pacing: the collectors as they are, with an engine and an update that take time and no cores, as on a machine whose engines and trainer
+have GPUs of their own: 64 sequences at once, 10 ms a token for all of them, 16 groups of 8 with log-normal lengths (median 60 tokens,
+σ = 0.9, at most 1,000: the longest of a batch is about ten times the median), an update of 1.5 s.
+The trainer's idleness is the share of time in which it waits for groups, the engine's that in which it has nothing to sample.
+
+learning: ``r1_zero_arithmetic`` on this machine for each staleness, with the sampler's correction and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from grpo.data import ProblemSource
+from grpo.metrics import staleness_metrics
+from grpo.rollouts.base import Begun, Close, Feed, Finished, Job, ServedEngine, SyncReport, Weights
+from grpo.rollouts.collect import Collector, Groups
+from grpo.rollouts.environments import Message
+from grpo.rollouts.paced import PacedCollector
+from grpo.run import RunFolder
+from grpo.types import Completion, FinishReason, Problem, Sampling, Score
+
+BATCH, SAMPLES, WIDTH, LONGEST = 16, 8, 64, 1000
+MEDIAN, SIGMA, STEP_S, UPDATE_S = 60, 0.9, 0.01, 1.5
+STALENESS = (0, 1, 2, 4)
+
+
+class Clockwork(ServedEngine):
+    """A token every ``STEP_S`` for each of ``WIDTH`` sequences."""
+
+    def __init__(self) -> None:
+        self.version = 0
+
+    def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+        waiting: list[Job] = []
+        running: dict[int, tuple[Job, list[int]]] = {}  # number → versions of its tokens so far
+        while True:
+            jobs = feed(not running and not waiting)
+            if jobs is Close.pause:
+                yield [(n, _begun(versions)) for n, (_, versions) in running.items()] + [(job.number, job.begun) for job in waiting]
+                return
+            if isinstance(jobs, Close):
+                if not running and not waiting:
+                    return
+            else:
+                waiting += jobs
+            while waiting and len(running) < WIDTH:
+                job = waiting.pop(0)
+                running[job.number] = (job, list(job.begun.policy_versions))
+            if running:
+                time.sleep(STEP_S)
+            finished: Finished = []
+            for number, (job, versions) in list(running.items()):
+                versions.append(self.version)
+                if len(versions) >= length(job.request.problem_id, job.index):
+                    del running[number]
+                    finished.append((number, _completion(job, versions)))
+            yield finished
+
+    def load_weights(self, weights: Weights, version: int) -> SyncReport:
+        self.version = version
+        return SyncReport(version=version, digests={}, num_bytes=0, seconds=0.0, read_back=0)
+
+    def close(self) -> None: ...
+
+
+def length(problem: str, index: int) -> int:
+    return min(max(int(random.Random(f"{problem}/{index}").lognormvariate(0, SIGMA) * MEDIAN), 1), LONGEST)
+
+
+def _begun(versions: Sequence[int]) -> Begun:
+    return Begun(token_ids=(0,) * len(versions), logprobs=(0.0,) * len(versions), policy_versions=tuple(versions))
+
+
+def _completion(job: Job, versions: Sequence[int]) -> Completion:
+    begun = _begun(versions)
+    return Completion(
+        problem_id=job.request.problem_id,
+        index=job.index,
+        prompt_ids=job.request.prompt_ids,
+        token_ids=begun.token_ids,
+        text="",
+        logprobs=begun.logprobs,
+        policy_versions=begun.policy_versions,
+        finish_reason=FinishReason.stop,
+    )
+
+
+class Nothing:
+    """Prompts without content and rewards without judgement: they cost nothing here."""
+
+    def opening(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        return (0,)
+
+    def reply(self, messages: Sequence[Message], turn: Completion) -> tuple[int, ...]:
+        raise AssertionError("there is one turn")
+
+    def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
+        return [{"reward": Score(value=0.0)}] * len(completions)
+
+
+def pacing(updates: int) -> None:
+    problems = [Problem(id=f"p{i}", prompt="", answer="") for i in range(BATCH * (updates + 8))]
+    drawn = sorted(length(p.id, i) for p in problems for i in range(SAMPLES))
+    print(f"lengths: median {drawn[len(drawn) // 2]}, mean {sum(drawn) / len(drawn):.0f}, longest {drawn[-1]}")
+    busy = BATCH * SAMPLES * sum(drawn) / len(drawn) / WIDTH * STEP_S
+    print(f"a batch at full width takes the engine {busy:.2f} s, an update {UPDATE_S:.2f} s: no pacing can be quicker than the longer\n")
+    print("| max_staleness | s an update | trainer idle | engine idle | staleness, mean | max |\n|---|---|---|---|---|---|")
+    for k in STALENESS:
+        print("| " + " | ".join(measure(k, updates, problems)) + " |", flush=True)
+
+
+def measure(k: int, updates: int, problems: Sequence[Problem]) -> list[str]:
+    engine, nothing = Clockwork(), Nothing()
+    groups = Groups(
+        engine=engine,
+        runtime=nothing,
+        dialogue=nothing,
+        sampling=Sampling(max_new_tokens=LONGEST),
+        completions_per_problem=SAMPLES,
+        weights={"reward": 1.0},
+        seed=0,
+    )
+    source = ProblemSource(problems, 0)
+    collector: Any = (
+        PacedCollector(groups=groups, source=source, batch=BATCH, max_staleness=k) if k else Collector(groups=groups, source=source)
+    )
+    waited, ages, oldest, tokens, start = 0.0, 0.0, 0.0, 0, 0.0
+    warm = 3  # updates until as much is ahead as may be
+    with closing(collector):
+        for step in range(1, warm + updates + 1):
+            if step == warm + 1:
+                start = time.monotonic()
+            with collector.resting():
+                engine.load_weights({}, step - 1)
+            batch = collector.collect(collector.take(BATCH), step)
+            time.sleep(UPDATE_S)
+            collector.used()
+            if step > warm:
+                waited += sum(collector.timings.values())
+                stale = staleness_metrics(batch, step - 1)
+                ages += stale["rollout/staleness_mean"]
+                oldest = max(oldest, stale["rollout/staleness_max"])
+                tokens += sum(len(r.completion.token_ids) for g in batch for r in g.rollouts)
+        seconds = time.monotonic() - start
+    used = tokens / WIDTH * STEP_S / seconds  # of the engine's places in a token's time
+    return [str(k), f"{seconds / updates:.2f}", f"{waited / seconds:.0%}", f"{1 - used:.0%}", f"{ages / updates:.2f}", f"{oldest:.0f}"]
+
+
+def learning(steps: int, folder: Path, overrides: Sequence[str]) -> None:
+    print("| max_staleness | corrected | s a step | waiting | staleness | pass@1 at each evaluation |\n|---|---|---|---|---|---|")
+    for k in STALENESS:
+        for corrected in (True, False):
+            name = f"async_{k}_{'corrected' if corrected else 'plain'}"
+            command = [sys.executable, "-m", "grpo.cli", "train", "r1_zero_arithmetic", f"run.name={name}", f"run.dir={folder}"]
+            command += [f"run.steps={steps}", "run.checkpoint_every=0", f"rollout.max_staleness={k}", "logger=quiet", *overrides]
+            command += [] if corrected else ["~algo.correction.tis"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            run = RunFolder.open(folder / "r1_zero_arithmetic" / name)
+            print("| " + " | ".join([str(k), "yes" if corrected else "no", *summary(run)]) + " |", flush=True)
+
+
+def summary(run: RunFolder) -> list[str]:
+    """Seconds a step, the share in which the loop waited for rollouts, mean staleness, and the curve."""
+    rows = [row for row in run.read_metrics() if "policy/loss" in row]
+    seconds = sum(row["time/step"] - row.get("time/eval", 0.0) - row.get("time/checkpoint", 0.0) for row in rows)
+    waited = sum(row.get("time/generate", 0.0) + row.get("time/reward", 0.0) + row.get("time/wait", 0.0) for row in rows)
+    stale = sum(row["rollout/staleness_mean"] for row in rows) / len(rows)
+    curve = ", ".join(f"{row['eval/pass@1']:.2f}" for row in run.read_metrics() if "eval/pass@1" in row)
+    return [f"{seconds / len(rows):.1f}", f"{waited / seconds:.0%}", f"{stale:.2f}", curve]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("pacing")
+    command.add_argument("--updates", type=int, default=40)
+    command = commands.add_parser("learning")
+    command.add_argument("--steps", type=int, default=12)
+    command.add_argument("--runs", type=Path, default=Path("runs"))
+    options, overrides = parser.parse_known_args()
+    if options.command == "pacing":
+        pacing(options.updates)
+    else:
+        learning(options.steps, options.runs, overrides)
+
+
+if __name__ == "__main__":
+    main()

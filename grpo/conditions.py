@@ -1,0 +1,78 @@
+"""What the bits of a run rest on beside its settings and its seed: recorded when it starts, compared when it is gone on with.
+
+The same sums in another order are other numbers in their last digits, and sooner or later another token. The order depends on how
+many threads share the work, on how the requests are spread over engines, on the kind of CPU, and on the libraries' versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from grpo.config import Config, ConfigError, EngineName, ScheduleName
+
+Conditions = Mapping[str, str | int | bool]
+
+PACKAGES = ("torch", "vllm", "transformers")  # whose arithmetic it is
+REMEDIES = {
+    "engine": "rollout.engine={}",
+    "schedule": "rollout.schedule={}",
+    "num_engines": "rollout.num_engines={}",
+    "cpus_per_engine": "rollout.cpus_per_engine={}",
+    "trainer_threads": "OMP_NUM_THREADS={} in front of the command",
+    "ranks": "trainer.ranks={}",
+    "device": "trainer.device={}",
+    "precision": "model.precision={}",
+    "cpu_instructions": "a machine whose CPU has {}",
+}
+
+
+def conditions(
+    config: Config, *, cpus_per_engine: int, trainer_threads: int, device: str, precision: str, cpu_instructions: str
+) -> Conditions:
+    """What holds at this start; ``exact``: with such settings a run that is gone on with ends in the same bits."""
+    rollout, ranks = config.rollout, config.trainer.ranks
+    pooled = rollout.engine is EngineName.vllm
+    in_order = rollout.max_staleness == 0 and (not pooled or rollout.schedule is ScheduleName.fixed)
+    held: dict[str, str | int | bool] = {
+        "exact": in_order and device == "cpu" and ranks == 1,
+        "engine": rollout.engine.value,
+        "trainer_threads": trainer_threads,
+        "ranks": ranks,
+        "device": device,
+        "precision": precision,
+        "cpu_instructions": cpu_instructions,
+    }
+    if pooled:
+        held |= {"schedule": rollout.schedule.value, "num_engines": rollout.num_engines, "cpus_per_engine": cpus_per_engine}
+    return held
+
+
+def check_conditions(before: Mapping[str, Any], now: Mapping[str, Any], exact: bool) -> list[str]:
+    """What has changed since a run was started last, in words, where its settings promise the same bits; else nothing.
+
+    Args:
+        before: the environment it recorded then: its ``conditions``, ``packages`` and ``cpu`` are looked at.
+        now: the present one.
+        exact: refuse what changes the bits; else it is one of the warnings.
+
+    Raises:
+        ConfigError: a condition is another: which, from what, to what, what to do.
+    """
+    then: Conditions = before.get("conditions", {})
+    here: Conditions = now["conditions"]
+    if not then.get("exact"):
+        return []
+    changed = [name for name in REMEDIES if name in then and then[name] != here.get(name)]
+    said = [f"{name} was {then[name]} and is {here.get(name)}" for name in changed]
+    if said and exact:
+        back = ", ".join(REMEDIES[name].format(then[name]) for name in changed)
+        raise ConfigError(
+            "run.exact",
+            f"this run would not go on to the same bits: {'; '.join(said)} (environment.json has what it was started with)",
+            f"{back}; or go on all the same: run.exact=false",
+        )
+    old, new = before.get("packages", {}), now["packages"]
+    versions = [(name, old.get(name), new.get(name)) for name in PACKAGES] + [("the CPU", before.get("cpu"), now.get("cpu"))]
+    said += [f"{name} was {was} and is {present}" for name, was, present in versions if was != present]
+    return [f"{sentence}: from here on the bits may be others" for sentence in said]

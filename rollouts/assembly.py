@@ -1,0 +1,262 @@
+"""Problems in, scored groups out: the rollouts in the making, between the engines that sample and the rewards that judge.
+
+Three kinds of work go on at once. Whoever serves the engines asks ``feed`` for turns to sample and hands to ``note`` what they finished;
+environments answer in threads of their own, since a tool may take its time; and one thread scores what is over, while the rest is still
+being sampled. What goes wrong in a thread is raised where the engines are served and where the groups are waited for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from types import TracebackType
+from typing import Protocol, Self
+
+from grpo.rollouts.base import Begun, Close, Finished, Job
+from grpo.rollouts.episode import Episode
+from grpo.types import Completion, Group, Problem, Rollout, Score
+
+_IDLE = 0.02  # seconds an idle engine is kept waiting for a turn
+_ENVIRONMENTS = 8  # that answer at the same time
+
+
+class Scorer(Protocol):
+    """``grpo.rewards.runtime.RewardRuntime``: one dict part → ``Score`` a completion, in order."""
+
+    def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]: ...
+
+
+class ScoreWhen(Enum):
+    """When a rollout that is over is scored."""
+
+    each = auto()  # as soon as it is
+    group = auto()  # together with its group
+    all = auto()  # together with all there are: for rewards that look at whole batches
+
+
+@dataclass(eq=False, kw_only=True)
+class GroupInMaking:
+    """The episodes of one problem, and the rollouts that have come of them so far."""
+
+    problem: Problem
+    step: int  # whose randomness its completions draw from
+    episodes: Sequence[Episode]
+    rollouts: dict[int, Rollout] = field(default_factory=dict)  # by index
+
+    @property
+    def done(self) -> bool:
+        return len(self.rollouts) == len(self.episodes)
+
+    def group(self) -> Group:
+        return Group(problem=self.problem, rollouts=tuple(self.rollouts[episode.index] for episode in self.episodes))
+
+
+class Assembly:
+    """See the module's text. Use it as a context manager: leaving it gives up what is not finished.
+
+    Args:
+        runtime: scores completions.
+        weights: reward part, or score of the environment → its weight in the sum.
+        score_when: how much the rewards want to see at once.
+        lockstep: sample a turn only when no rollout is under way any more, so that the company of a completion depends on nothing but
+            the problems: for engines whose arithmetic depends on it.
+    """
+
+    def __init__(
+        self, runtime: Scorer, weights: Mapping[str, float], *, score_when: ScoreWhen = ScoreWhen.each, lockstep: bool = False
+    ) -> None:
+        self._runtime, self._weights = runtime, weights
+        self._score_when, self._lockstep = score_when, lockstep
+        self._changed = threading.Condition()  # guards all below
+        self._ready: deque[_Place] = deque()  # a turn to be sampled
+        self._running: dict[int, _Place] = {}  # with the engines, by job number
+        self._answering = 0  # environments at work
+        self._over: list[_Place] = []  # to be scored
+        self._scoring = False
+        self._numbers = itertools.count()
+        self._serials = itertools.count()
+        self._error: BaseException | None = None
+        self._left = False
+        self._environments = ThreadPoolExecutor(_ENVIRONMENTS, thread_name_prefix="environment")
+        self._scorer = threading.Thread(target=self._score, name="rewards", daemon=True)
+        self._scorer.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        with self._changed:
+            self._left = True
+            self._changed.notify_all()
+        self._environments.shutdown(wait=False, cancel_futures=True)
+        if error is None:
+            self._scorer.join()
+
+    def open(self, groups: Sequence[GroupInMaking]) -> None:
+        """Take up groups, and go on with those of their rollouts that are not there yet."""
+        places = [
+            _Place((serial, episode.index), group, episode)
+            for serial, group in zip(self._serials, groups, strict=False)
+            for episode in group.episodes
+            if episode.index not in group.rollouts
+        ]
+        to_start = [place for place in places if place.episode.completion is None]
+        with self._changed:
+            self._over += [place for place in places if place.episode.completion is not None]
+            self._answering += len(to_start)
+        started = [self._environments.submit(place.episode.start) for place in to_start]
+        for place, future in zip(to_start, started, strict=True):
+            self._wait_for(future)
+            with self._changed:  # in order, whichever environment was quickest
+                self._answering -= 1
+                (self._ready if place.episode.completion is None else self._over).append(place)
+                self._changed.notify_all()
+
+    # --- between the engines and the environments ---
+
+    def feed(self, idle: bool) -> Sequence[Job] | Close:
+        """The turns that can be sampled now; ``Close.finish`` when there are none and will be none. See ``grpo.rollouts.base.Feed``."""
+        with self._changed:
+            if idle:
+                self._changed.wait_for(lambda: self._ready or not self._answering or self._error, timeout=_IDLE)
+            self._check()
+            if self._lockstep and (self._running or self._answering):
+                return ()
+            jobs = []
+            while self._ready:
+                number, place = next(self._numbers), self._ready.popleft()
+                self._running[number] = place
+                jobs.append(place.episode.job(number))
+            return jobs if jobs or self._running or self._answering else Close.finish
+
+    def note(self, finished: Finished) -> None:
+        """Turns that were sampled, or paused: those come again with the next ``feed``."""
+        for number, result in finished:
+            with self._changed:
+                place = self._running.pop(number)
+                if isinstance(result, Begun):
+                    place.episode.begun = result
+                    self._ready.append(place)
+                    continue
+                self._answering += 1
+            self._environments.submit(self._advance, place, result)
+
+    def _advance(self, place: _Place, turn: Completion) -> None:
+        try:
+            over = place.episode.advance(turn)
+        except BaseException as error:
+            self._fail(error)
+            return
+        with self._changed:
+            self._answering -= 1
+            if over:
+                self._over.append(place)
+            else:
+                self._ready.append(place)
+                if self._lockstep and not self._answering and not self._running:
+                    self._ready = deque(sorted(self._ready, key=lambda place: place.order))
+            self._changed.notify_all()
+
+    # --- scores ---
+
+    def _score(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._left or self._to_score())
+                    if self._left:
+                        return
+                    places = self._to_score()
+                    self._over = [place for place in self._over if place not in places]
+                    self._scoring = True
+                self._judge(places)
+                with self._changed:
+                    self._scoring = False
+                    self._changed.notify_all()
+        except BaseException as error:
+            self._fail(error)
+
+    def _to_score(self) -> list[_Place]:
+        """Rollouts that are over and whose time has come."""
+        if self._score_when is ScoreWhen.all:
+            return [] if self._ready or self._running or self._answering else list(self._over)
+        if self._score_when is ScoreWhen.group:
+            over = Counter(place.group for place in self._over)
+            return [place for place in self._over if over[place.group] + len(place.group.rollouts) == len(place.group.episodes)]
+        return list(self._over)
+
+    def _judge(self, places: Sequence[_Place]) -> None:
+        places = sorted(places, key=lambda place: place.order)
+        completions = [place.completion for place in places]
+        scores = self._runtime.score(completions, [place.group.problem for place in places])
+        for place, parts in zip(places, scores, strict=True):
+            place.group.rollouts[place.episode.index] = place.episode.rollout(parts, self._weights)
+
+    # --- waiting ---
+
+    def wait(self, done: Callable[[], bool], turn: Callable[[], None], every: float = 0.2) -> None:
+        """Wait until ``done()``, calling ``turn`` now and then, which may raise."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: done() or self._error, timeout=every)
+                self._check()
+                if done():
+                    return
+            turn()
+
+    @property
+    def unfinished(self) -> int:
+        """Rollouts that are not over: with an engine, waiting for one, or with their environment."""
+        with self._changed:
+            return len(self._ready) + len(self._running) + self._answering
+
+    @property
+    def sampling(self) -> bool:
+        """Whether there is a turn for an engine to sample."""
+        with self._changed:
+            return bool(self._running or self._ready)
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Nothing changes meanwhile: environments and rewards have come to rest. Engines must have been paused before."""
+        with self._changed:
+            while self._answering or self._scoring or self._to_score():
+                self._changed.wait(timeout=1.0)
+                self._check()
+            yield
+
+    def _wait_for(self, future: Future[None]) -> None:
+        try:
+            future.result()
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+@dataclass(eq=False)
+class _Place:
+    """An episode and the group it belongs to."""
+
+    order: tuple[int, int]  # group by group, then by index
+    group: GroupInMaking
+    episode: Episode
+
+    @property
+    def completion(self) -> Completion:
+        assert self.episode.completion is not None
+        return self.episode.completion

@@ -1,0 +1,62 @@
+"""Where the prompts of a rollout come from, and what answers a completion: a question alone, or a conversation with a tool.
+
+An environment belongs to one rollout and is made anew for each, by ``environment:`` of the recipe. Its messages become tokens of the
+rollout that are not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from grpo.types import Completion, Problem, Score
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """``Message("user", "What is 3 + 4?")``. The role ``text`` stands for text that goes to the model as it is, without a chat template."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The rollout is over. ``scores``: the environment's own verdict by name, beside those of the recipe's reward parts.
+
+    What a score is worth is said by ``environment.weights`` of the recipe; one without a weight is only logged.
+    """
+
+    scores: Mapping[str, Score | float] | None = None
+
+
+class Environment(Protocol):
+    """One rollout's other side.
+
+    It may also carry, as attributes:
+
+    ``timeout_s``  seconds that one call of it may take (default ``grpo.rollouts.episode.TIMEOUT_S``).
+    ``max_turns``  turns of the policy, after which the rollout counts as cut off (default ``grpo.rollouts.episode.MAX_TURNS``).
+    ``stop``       strings that ``rollout.stop`` must hold, so that the policy stops where it wants an answer.
+    ``cut_off()``  called, and returning ``Done``, when a limit ends the rollout before the environment did.
+    ``close_shared()``  of the class, without arguments: called when the run ends, for what all its instances share.
+    """
+
+    def start(self, problem: Problem) -> Sequence[Message]:
+        """What the policy is asked first."""
+        ...
+
+    def step(self, completion: Completion) -> Sequence[Message] | Done:
+        """What follows on what the policy has just sampled; ``completion`` is this turn alone."""
+        ...
+
+
+class SingleTurn:
+    """One prompt, one completion; the reward parts judge it."""
+
+    def start(self, problem: Problem) -> Sequence[Message]:
+        return (Message("text", problem.prompt),)
+
+    def step(self, completion: Completion) -> Sequence[Message] | Done:
+        return Done()

@@ -1,0 +1,296 @@
+"""One rollout in the making: its turns so far, and the next one to be sampled.
+
+Token in, token out: what was sampled is never decoded and encoded again. The rollout is one sequence, the prompt first, in which
+the tokens of the environment stand between those of the policy, marked as not sampled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol, TypeVar
+
+from grpo.rewards.base import combine, describe, to_score
+from grpo.rollouts.base import Begun, Job
+from grpo.rollouts.environments import Done, Environment, Message
+from grpo.types import Completion, FinishReason, Outcome, Problem, Request, Rollout, Score
+
+MAX_TURNS = 32  # of an environment that says nothing else
+TIMEOUT_S = 60.0  # for one call of an environment that says nothing else
+FAILURE = "environment"  # the name under which an environment's failure stands among the scores
+
+_Answer = TypeVar("_Answer")
+
+
+class Dialogue(Protocol):
+    """Messages → tokens."""
+
+    def opening(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The prompt of the first turn."""
+        ...
+
+    def reply(self, messages: Sequence[Message], turn: Completion) -> tuple[int, ...]:
+        """What stands between a turn, as sampled, and the next: the turn's end if the policy left it out, and the messages."""
+        ...
+
+
+class Episode:
+    """A rollout from its first prompt to its last token.
+
+    ``start``, and ``advance`` with the finished turn, may take as long as the environment does; they are not called on the thread that
+    keeps the engines busy. An environment that raises, or takes longer than its ``timeout_s``, ends its rollout, which stays unscored
+    and has the traceback: that is not the policy's fault, and no reason to end a run.
+
+    Args:
+        index: which rollout of its problem's group.
+        seed: of the first turn's request; later turns draw from seeds made of it.
+        max_new_tokens: tokens after the first prompt, those of the environment included.
+    """
+
+    def __init__(
+        self, problem: Problem, index: int, seed: int, environment: Callable[[], Environment], dialogue: Dialogue, max_new_tokens: int
+    ) -> None:
+        self.problem = problem
+        self.index = index
+        self.begun = Begun()  # of the turn that is being sampled
+        self.scores: dict[str, Score] = {}  # the environment's own, when it is over
+        self.completion: Completion | None = None  # the whole, when it is over
+        self._seed = seed
+        self._make_environment = environment
+        self._environment: Any = None
+        self._dialogue = dialogue
+        self._max_new_tokens = max_new_tokens
+        self._prompt_ids: tuple[int, ...] = ()
+        self._pieces: list[_Piece] = []
+
+    @property
+    def num_turns(self) -> int:
+        """Turns that are finished."""
+        return sum(piece.sampled for piece in self._pieces)
+
+    def start(self) -> None:
+        """Ask the environment for the first prompt. Then there is a turn to be sampled, unless it failed and ``completion`` is there."""
+        try:
+            self._environment = _in_time(TIMEOUT_S, self._make_environment)
+            messages = self._ask(lambda environment: _messages(environment.start(self.problem)))
+        except _Failed as failure:
+            self._prompt_ids = self._dialogue.opening((Message("text", self.problem.prompt),))
+            self._end(FinishReason.stop, {FAILURE: failure.score})
+        else:
+            self._prompt_ids = self._dialogue.opening(messages)
+
+    def job(self, number: int) -> Job:
+        """The turn to be sampled next, or to go on with."""
+        request = Request(
+            problem_id=self.problem.id,
+            prompt_ids=(*self._prompt_ids, *chain.from_iterable(piece.token_ids for piece in self._pieces)),
+            num_completions=1,
+            seed=turn_seed(self._seed, self.num_turns),
+            max_new_tokens=self._num_left,
+        )
+        return Job(number, request, self.index, self.begun)
+
+    def advance(self, turn: Completion) -> bool:
+        """Take a finished turn; True if that was the last.
+
+        The rollout ends when the environment is done; or, cut off (``FinishReason.length``), when the turn was, at the environment's bound
+        on turns, or when its answer leaves no room for another token. An answer that nothing is sampled after is left out altogether:
+        nothing could be trained on it.
+        """
+        self.begun = Begun()
+        self._pieces.append(_Piece.of_turn(turn))
+        try:
+            if not turn.truncated:
+                answer = self._ask(lambda environment: _answer(environment.step(turn)))
+                if isinstance(answer, _Verdict):
+                    return self._end(FinishReason.stop, answer.scores)
+                tokens = self._dialogue.reply(answer, turn)
+                if len(tokens) < self._num_left and self.num_turns < getattr(self._environment, "max_turns", MAX_TURNS):
+                    self._pieces.append(_Piece.of_environment(tokens, answer, after=turn))
+                    return False
+            return self._end(FinishReason.length, self._ask(_cut_off).scores)
+        except _Failed as failure:
+            return self._end(turn.finish_reason, {FAILURE: failure.score})
+
+    def rollout(self, parts: Mapping[str, Score], weights: Mapping[str, float]) -> Rollout:
+        """The episode when it is over, with what the reward parts say of it: see ``judged``."""
+        assert self.completion is not None, "a rollout is judged when it is over"
+        return judged(self.problem, self.completion, parts, self.scores, weights)
+
+    @property
+    def _num_left(self) -> int:
+        """Tokens that the rollout may still have."""
+        return self._max_new_tokens - sum(len(piece.token_ids) for piece in self._pieces)
+
+    def _ask(self, call: Callable[[Environment], _Answer]) -> _Answer:
+        timeout = float(getattr(self._environment, "timeout_s", TIMEOUT_S))
+        return _in_time(timeout, lambda: call(self._environment))
+
+    def _end(self, reason: FinishReason, scores: Mapping[str, Score]) -> bool:
+        self.scores = dict(scores)
+        self.completion = _joined(self.problem.id, self.index, self._prompt_ids, self._pieces, reason)
+        return True
+
+
+def judged(
+    problem: Problem, completion: Completion, parts: Mapping[str, Score], own: Mapping[str, Score], weights: Mapping[str, float]
+) -> Rollout:
+    """A rollout with all its scores, and its reward: their weighted sum.
+
+    Unscored if its environment failed, or was done without giving a score that has a weight. Where a limit cut the rollout off before
+    the environment was done, such a score is 0.
+
+    Args:
+        parts: what the reward parts say.
+        own: what the environment says.
+        weights: of the reward parts and of the environment's scores; a score without a weight is only kept.
+    """
+    failed = FAILURE in own and not own[FAILURE].scored
+    missing = Score(value=math.nan, outcome=Outcome.error, detail="the environment did not give it")
+    if completion.truncated and not failed:
+        missing = Score(value=0.0, detail="cut off before the environment gave it")
+    scores = {**parts, **own}
+    scores |= {name: missing for name in weights if name not in scores}
+    return Rollout(problem=problem, completion=completion, scores=scores, reward=math.nan if failed else combine(scores, weights))
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """63 bits that depend on the rollout's seed and the turn's number, from 0, alone; the first turn's is the rollout's own."""
+    if turn == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/turn {turn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """A stretch of the rollout: a turn of the policy, or what the environment put behind one."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    policy_versions: tuple[int, ...]
+    text: str
+    sampled: bool
+    kept: tuple[bytes, ...] = ()
+
+    @classmethod
+    def of_turn(cls, turn: Completion) -> _Piece:
+        return cls(
+            token_ids=turn.token_ids,
+            logprobs=turn.logprobs,
+            policy_versions=turn.policy_versions,
+            text=turn.text,
+            sampled=True,
+            kept=turn.kept,
+        )
+
+    @classmethod
+    def of_environment(cls, token_ids: tuple[int, ...], messages: Sequence[Message], after: Completion) -> _Piece:
+        """No policy sampled them: the version is that of the token before, so that a rollout's versions are those of its own tokens."""
+        return cls(
+            token_ids=token_ids,
+            logprobs=(0.0,) * len(token_ids),
+            policy_versions=after.policy_versions[-1:] * len(token_ids),
+            text="\n".join(message.content for message in messages),
+            sampled=False,
+        )
+
+
+def _joined(problem_id: str, index: int, prompt_ids: tuple[int, ...], pieces: Sequence[_Piece], reason: FinishReason) -> Completion:
+    several = len(pieces) > 1
+    return Completion(
+        problem_id=problem_id,
+        index=index,
+        prompt_ids=prompt_ids,
+        token_ids=tuple(chain.from_iterable(piece.token_ids for piece in pieces)),
+        text=_lines(piece.text for piece in pieces if piece.sampled),
+        logprobs=tuple(chain.from_iterable(piece.logprobs for piece in pieces)),
+        policy_versions=tuple(chain.from_iterable(piece.policy_versions for piece in pieces)),
+        finish_reason=reason,
+        kept=tuple(chain.from_iterable(piece.kept for piece in pieces)),
+        sampled=tuple(piece.sampled for piece in pieces for _ in piece.token_ids) if several else (),
+        transcript=tuple((piece.text, piece.sampled) for piece in pieces) if several else (),
+    )
+
+
+def _lines(turns: Any) -> str:
+    """The turns one after the other, each beginning a line: a word at the end of one and a word at the start of the next are two."""
+    text = ""
+    for turn in turns:
+        text += ("\n" if text and not text.endswith("\n") else "") + turn
+    return text
+
+
+# ---- the environment's side, which may do anything -----------------------------------------------------------------------------
+
+
+class _Failed(Exception):
+    """The environment did, not the policy and not the toolkit."""
+
+    def __init__(self, score: Score) -> None:
+        super().__init__(score.detail)
+        self.score = score
+
+
+def _in_time(seconds: float, call: Callable[[], _Answer]) -> _Answer:
+    """``call()``, given up after ``seconds``: a thread cannot be killed, so that one goes on, at its own expense and the machine's.
+
+    Raises:
+        _Failed: it raised, or took longer.
+    """
+    answers: list[_Answer] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(call())
+        except BaseException as error:  # SystemExit too: it is the user's code, in a thread that nobody else waits for
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="environment call", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        detail = describe(errors[0].with_traceback(_from_the_users_line(errors[0])))
+        raise _Failed(Score(value=math.nan, outcome=Outcome.error, detail=detail)) from errors[0]
+    if not answers:
+        detail = f"the environment did not answer in {seconds:g} s (its timeout_s)"
+        raise _Failed(Score(value=math.nan, outcome=Outcome.timeout, detail=detail))
+    return answers[0]
+
+
+def _from_the_users_line(error: BaseException) -> Any:
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None and frames.tb_frame.f_globals.get("__name__") == __name__:
+        frames = frames.tb_next
+    return frames
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What ``Done`` said, read."""
+
+    scores: Mapping[str, Score]
+
+    @classmethod
+    def of(cls, done: Done) -> _Verdict:
+        return cls({name: to_score(value) for name, value in (done.scores or {}).items()})
+
+
+def _answer(answer: Any) -> Sequence[Message] | _Verdict:
+    return _Verdict.of(answer) if isinstance(answer, Done) else _messages(answer)
+
+
+def _messages(answer: Any) -> Sequence[Message]:
+    if isinstance(answer, (list, tuple)) and answer and all(isinstance(message, Message) for message in answer):
+        return answer
+    raise TypeError(f"the environment returned {answer!r:.200}; it returns a list of one or more Message, or, from step, Done")
+
+
+def _cut_off(environment: Environment) -> _Verdict:
+    ask: Callable[[], Done] | None = getattr(environment, "cut_off", None)
+    return _Verdict({}) if ask is None else _Verdict.of(ask())

@@ -1,0 +1,193 @@
+"""Asynchronous training by pacing: sampling runs ahead of the updates, and never further than it may.
+
+At most ``max_staleness`` batches of groups are begun beyond the one that the trainer waits for, and the trainer takes groups in the
+order in which they were begun. So a group begun under version v of the weights is trained on by update v + 1 + max_staleness at the
+latest, nothing that was sampled is thrown away, and which problems make a batch does not depend on how long their answers are:
+discarding what is late, or taking first what is first finished, would starve the long and hard ones.
+
+New weights are loaded in flight: what is being sampled is paused, and goes on with the new weights after the tokens it has. The tokens
+carry the version that sampled them, and the corrections of the objective see each token's own log-prob.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+from grpo.rollouts.assembly import GroupInMaking
+from grpo.rollouts.base import Close, Job, Progress
+from grpo.rollouts.collect import Groups, Source
+from grpo.rollouts.saved import put_back, saved
+from grpo.types import Group, Problem
+
+
+class PacedCollector:
+    """A collector whose engines sample in the background, from the first ``take`` until ``close``.
+
+    ``timings`` holds the seconds that the last ``collect`` waited.
+
+    Args:
+        batch: groups of a batch.
+        max_staleness: batches that may be begun ahead of the one that is waited for; 1 or more.
+    """
+
+    def __init__(
+        self, *, groups: Groups, source: Source, batch: int, max_staleness: int, progress: Progress | None = None
+    ) -> None:
+        if max_staleness < 1:
+            raise ValueError(f"max_staleness is {max_staleness}; sampling ahead begins at 1, and 0 is what Collector does")
+        self._groups, self._source, self._progress = groups, source, progress
+        self._ahead = batch * max_staleness
+        self._batch = batch
+        self._begun = 0  # groups, since the run's start
+        self._outstanding: deque[GroupInMaking] = deque()  # begun and not taken, in order
+        self._taken: list[GroupInMaking] = []  # and not yet trained on
+        self._restored: list[GroupInMaking] = []  # of a checkpoint: they wait for the first ``take``, when the weights are there
+        self.timings: dict[str, float] = {}
+        self._assembly = groups.assembly()
+        self._state = threading.Condition()  # guards all below
+        self._pause = False
+        self._parked = False
+        self._closed = False
+        self._error: BaseException | None = None
+        self._idle = 0.0  # seconds in which engines had nothing to sample
+        self._since = time.monotonic()
+        self._server = threading.Thread(target=self._serve, name="rollouts", daemon=True)
+        self._server.start()
+
+    # --- what the loop asks for ---
+
+    def take(self, count: int) -> Sequence[Problem]:
+        """The next problems, in the order in which they were begun; as many as may be are begun behind them."""
+        self._begin(count + self._ahead)
+        taken = [self._outstanding.popleft() for _ in range(min(count, len(self._outstanding)))]
+        self._taken += taken
+        return [group.problem for group in taken]
+
+    def collect(self, problems: Sequence[Problem], step: int) -> tuple[Group, ...]:
+        """The groups of problems that were taken, when all are sampled and scored."""
+        wanted = {problem.id for problem in problems}
+        mine = [group for group in self._taken if group.problem.id in wanted]
+        total = sum(len(group.episodes) for group in mine)
+
+        def told() -> None:
+            self._check()
+            if self._progress is not None:
+                self._progress(sum(len(group.rollouts) for group in mine), total)
+
+        start = time.monotonic()
+        self._assembly.wait(lambda: all(group.done for group in mine), told)
+        self.timings = {"wait": time.monotonic() - start}
+        return tuple(group.group() for group in mine)
+
+    def used(self) -> None:
+        """All that was taken is trained on: from now on ``state`` does not bring it back."""
+        self._taken.clear()
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """The engines are free for other work, such as taking new weights: what they were sampling is paused, and goes on after it."""
+        with self._state:
+            self._pause = True
+            self._state.notify_all()
+            while not self._parked:
+                self._state.wait(timeout=0.2)
+                self._check()
+        try:
+            yield
+        finally:
+            with self._state:
+                self._pause = False
+                self._state.notify_all()
+
+    def metrics(self) -> dict[str, float]:
+        """The share of time since the last call in which the engines had nothing to sample, and how much is under way."""
+        with self._state:
+            idle, self._idle = self._idle, 0.0
+            since, self._since = self._since, time.monotonic()
+        groups = [*self._taken, *self._outstanding]
+        return {
+            "async/engine_idle_share": idle / max(self._since - since, 1e-9),
+            "async/groups_ahead": float(len(self._outstanding)),
+            "async/rollouts_waiting": float(sum(len(group.rollouts) for group in groups)),
+        }
+
+    def close(self) -> None:
+        """End sampling; what is under way is given up. Safe to call twice."""
+        with self._state:
+            self._closed = self._pause = True
+            self._state.notify_all()
+        self._server.join(timeout=30)
+        self._assembly.__exit__(RuntimeError, None, None)
+
+    # --- in the background ---
+
+    def _serve(self) -> None:
+        try:
+            while True:
+                with self._state:
+                    self._parked = True
+                    self._state.notify_all()
+                    self._state.wait_for(lambda: self._closed or not self._pause)
+                    if self._closed:
+                        return
+                    self._parked = False
+                with closing(self._groups.engine.serve(self._feed, self._groups.sampling)) as steps:
+                    for finished in steps:
+                        self._assembly.note(finished)
+        except BaseException as error:
+            with self._state:
+                self._error, self._parked = error, True
+                self._state.notify_all()
+
+    def _feed(self, idle: bool) -> Sequence[Job] | Close:
+        if self._pause:
+            return Close.pause
+        start = time.monotonic()
+        jobs = self._assembly.feed(idle)
+        if idle:
+            with self._state:
+                self._idle += time.monotonic() - start
+        return () if isinstance(jobs, Close) else jobs
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _begin(self, wanted: int) -> None:
+        """Have ``wanted`` groups begun and not taken. A problem that is under way already is not begun a second time."""
+        self._check()
+        fresh, self._restored = self._restored, []
+        under_way = {group.problem.id for group in [*self._taken, *self._outstanding]}
+        while len(self._outstanding) < wanted and len(under_way) < len(self._source.problems):
+            for problem in self._source.take(1):
+                if problem.id not in under_way:
+                    under_way.add(problem.id)
+                    fresh.append(self._groups.begin(problem, 1 + self._begun // self._batch))
+                    self._outstanding.append(fresh[-1])
+                    self._begun += 1
+        self._assembly.open(fresh)
+
+    # --- checkpoints ---
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: the place in the data, and every group begun and not yet trained on, with what there is of it."""
+        with self.resting(), self._assembly.still():
+            groups = [saved(group) for group in [*self._taken, *self._outstanding]]
+        return {"position": self._source.position, "begun": self._begun, "groups": groups}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; before the first ``take``."""
+        self._source.position, self._begun = state["position"], state["begun"]
+        by_id = {problem.id: problem for problem in self._source.problems}
+        groups = []
+        for plain in state["groups"]:
+            group = self._groups.begin(by_id[plain["problem"]], plain["step"])
+            put_back(group, plain)
+            groups.append(group)
+        self._outstanding += groups
+        self._restored = groups

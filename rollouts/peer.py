@@ -1,0 +1,199 @@
+"""Weights from the trainer's memory straight into an engine's, by torch.distributed: NCCL between GPUs, gloo between CPUs.
+
+An engine asks for a parcel when it opens it, and gets it over a connection that it shares with the trainer alone. So an engine that
+dies takes no other with it, as it would in one group of them all, and one that is started later gets what the others were given:
+the trainer keeps the parcels of the last sync, where its weights are (on a GPU: once more their size).
+
+Questions and answers go through a TCP store of the trainer's, the bytes through the process group.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from grpo.rollouts.transfer import Parcel
+from grpo.rollouts.weights import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ALIGNED = 16  # bytes: a view of any type may begin there
+_FOR_EVER = timedelta(days=1000)
+_REQUESTS = "requests"  # a queue in the store: LINE NUMBER, or nothing at the end
+_LOG = logging.getLogger(__name__)
+
+
+class PeerToPeer:
+    """``Transfer`` by torch.distributed. ``ray`` must be running: it knows the address of this machine.
+
+    Args:
+        backend: ``nccl`` or ``gloo``.
+        timeout: seconds that one side waits for the other with a parcel under way.
+    """
+
+    def __init__(self, backend: str, timeout: float = 60.0) -> None:
+        import ray
+        import torch.distributed as dist
+
+        self._timeout = timedelta(seconds=timeout)
+        host = ray.util.get_node_ip_address()
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
+        self._place = _Place(host, self._store.port, backend, timeout)
+        self._numbers = itertools.count()
+        self._kept: dict[int, Tensor] = {}
+        self._answering = threading.Thread(target=self._answer, name="weights", daemon=True)
+        self._answering.start()
+
+    def send(self, tensors: Mapping[str, Tensor]) -> Parcel:
+        number = next(self._numbers)
+        specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
+        self._kept[number] = _joined(tensors, specs)
+        return _Asked(self._place, number, specs)
+
+    def discard(self, parcels: Sequence[Parcel]) -> None:
+        for parcel in parcels:
+            assert isinstance(parcel, _Asked)
+            self._kept.pop(parcel.number, None)
+
+    def close(self) -> None:
+        if self._answering.is_alive():
+            self._store.queue_push(_REQUESTS, "")
+            self._answering.join()
+        self._kept.clear()
+
+    def _answer(self) -> None:
+        """Send what is asked for, one parcel after another: two connections of a GPU used at once can block each other."""
+        import torch.distributed as dist
+
+        store, groups = self._place.store(), dict[str, Any]()
+        store.set_timeout(_FOR_EVER)
+        while request := store.queue_pop(_REQUESTS).decode():
+            line, _, number = request.partition(" ")
+            parcel = self._kept.get(int(number))
+            store.queue_push(line, "no" if parcel is None else "yes")
+            if parcel is None:
+                continue
+            try:
+                if line not in groups:
+                    groups[line] = self._place.group(store, line, 0)
+                _done(groups[line].send([parcel], 1, 0), parcel)
+            except (RuntimeError, dist.DistError) as error:  # the engine that asked is gone; whoever looks after engines hears of it
+                groups.pop(line, None)
+                _LOG.warning("a parcel of weights did not reach its engine: %s", " ".join(str(error).split())[:200])
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the trainer's store is, and how to be connected."""
+
+    host: str
+    port: int
+    backend: str
+    timeout: float
+
+    def store(self) -> Any:
+        import torch.distributed as dist
+
+        return dist.TCPStore(self.host, self.port, is_master=False, timeout=timedelta(seconds=self.timeout))
+
+    def group(self, store: Any, line: str, rank: int) -> Any:
+        """A process group of two. Both sides make it at the same time."""
+        import torch.distributed as dist
+
+        names, timeout = dist.PrefixStore(line, store), timedelta(seconds=self.timeout)
+        if self.backend == "gloo":
+            return dist.ProcessGroupGloo(names, rank, 2, timeout)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(names, rank, 2, options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A parcel that is asked for when it is opened."""
+
+    place: _Place
+    number: int
+    specs: Mapping[str, Spec]
+
+    def open(self) -> Mapping[str, Tensor]:
+        return _parted(_line(self.place).receive(self.number, _size(self.specs)), self.specs)
+
+
+class _Line:
+    """An engine's side of a connection."""
+
+    def __init__(self, place: _Place) -> None:
+        self._place, self._name = place, uuid.uuid4().hex
+        self._store = place.store()
+        self._store.set_timeout(_FOR_EVER)  # others may come first; who waits too long for it all, the pool finds
+        self._group: Any = None
+
+    def receive(self, number: int, size: int) -> Tensor:
+        import torch
+
+        self._store.queue_push(_REQUESTS, f"{self._name} {number}")
+        if self._store.queue_pop(self._name) != b"yes":
+            raise RuntimeError(f"the trainer no longer has the weights that this engine was told to load (parcel {number})")
+        if self._group is None:
+            self._group = self._place.group(self._store, self._name, 1)
+        device = "cuda" if self._place.backend == "nccl" else "cpu"
+        parcel = torch.empty(size, dtype=torch.uint8, device=device)
+        _done(self._group.recv([parcel], 0, 0), parcel)
+        return parcel
+
+
+@functools.cache
+def _line(place: _Place) -> _Line:
+    """This process's connection to a trainer."""
+    return _Line(place)
+
+
+def _done(work: Any, tensor: Tensor) -> None:
+    import torch
+
+    work.wait()
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)  # NCCL's wait holds up a stream, not this thread
+
+
+def _places(specs: Mapping[str, Spec]) -> dict[str, tuple[int, int]]:
+    """Where each tensor's bytes begin and end in a parcel."""
+    import torch
+
+    found, end = {}, 0
+    for name, spec in specs.items():
+        start = -(-end // _ALIGNED) * _ALIGNED
+        end = start + torch.Size(spec.shape).numel() * getattr(torch, spec.dtype).itemsize
+        found[name] = (start, end)
+    return found
+
+
+def _size(specs: Mapping[str, Spec]) -> int:
+    return max((end for _, end in _places(specs).values()), default=0)
+
+
+def _joined(tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> Tensor:
+    """A copy of all of them as one tensor of bytes, where they are."""
+    import torch
+
+    parcel = torch.empty(_size(specs), dtype=torch.uint8, device=next(iter(tensors.values())).device)
+    for name, (start, end) in _places(specs).items():
+        parcel[start:end].copy_(tensors[name].detach().contiguous().view(-1).view(torch.uint8))
+    return parcel
+
+
+def _parted(parcel: Tensor, specs: Mapping[str, Spec]) -> dict[str, Tensor]:
+    """Views into it."""
+    import torch
+
+    places = _places(specs).items()
+    return {name: parcel[start:end].view(getattr(torch, specs[name].dtype)).view(specs[name].shape) for name, (start, end) in places}

@@ -1,0 +1,61 @@
+"""A group in the making ↔ plain values, for checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from enum import Enum
+from typing import Any
+
+from grpo.rollouts.assembly import GroupInMaking
+from grpo.rollouts.base import Begun
+from grpo.types import Completion, FinishReason, Outcome, Rollout, Score
+
+
+def saved(group: GroupInMaking) -> dict[str, Any]:
+    """What there is of a group. A conversation under way is left out: it begins anew, for an environment cannot be saved."""
+    episodes = {episode.index: episode for episode in group.episodes}
+    open_ones = [episode for index, episode in episodes.items() if index not in group.rollouts]
+    return {
+        "problem": group.problem.id,
+        "step": group.step,
+        "rollouts": {
+            index: {
+                "completion": _plain(rollout.completion),
+                "scores": {name: _plain(score) for name, score in rollout.scores.items()},
+                "reward": rollout.reward,
+            }
+            for index, rollout in group.rollouts.items()
+        },
+        "over": {
+            episode.index: {"completion": _plain(episode.completion), "scores": {n: _plain(s) for n, s in episode.scores.items()}}
+            for episode in open_ones
+            if episode.completion is not None
+        },
+        "begun": {episode.index: _plain(episode.begun) for episode in open_ones if episode.completion is None and not episode.num_turns},
+    }
+
+
+def put_back(group: GroupInMaking, plain: Mapping[str, Any]) -> None:
+    """The reverse, into a group of which nothing is there yet."""
+    for index, rollout in plain["rollouts"].items():
+        completion, scores = _completion(rollout["completion"]), _scores(rollout["scores"])
+        group.rollouts[index] = Rollout(problem=group.problem, completion=completion, scores=scores, reward=rollout["reward"])
+    for episode in group.episodes:
+        if episode.index in plain["over"]:
+            over = plain["over"][episode.index]
+            episode.completion, episode.scores = _completion(over["completion"]), _scores(over["scores"])
+        elif episode.index in plain["begun"]:
+            episode.begun = Begun(**plain["begun"][episode.index])
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return {f.name: str(v) if isinstance(v := getattr(value, f.name), Enum) else v for f in fields(value)}
+
+
+def _completion(plain: Mapping[str, Any]) -> Completion:
+    return Completion(**{**plain, "finish_reason": FinishReason(plain["finish_reason"])})
+
+
+def _scores(plain: Mapping[str, Mapping[str, Any]]) -> dict[str, Score]:
+    return {name: Score(**{**score, "outcome": Outcome(score["outcome"])}) for name, score in plain.items()}

@@ -1,0 +1,367 @@
+"""Collectors: what is sampled is scored and grouped, each rollout once – on-policy and ahead of it, through pauses and restarts."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from grpo.data import ProblemSource
+from grpo.metrics import staleness_metrics
+from grpo.rollouts.assembly import ScoreWhen
+from grpo.rollouts.base import Begun, Close, Feed, Finished, Job, ServedEngine, SyncReport, Weights
+from grpo.rollouts.collect import Collector, Groups, collect, request_seed
+from grpo.rollouts.environments import Environment, Message, SingleTurn
+from grpo.rollouts.paced import PacedCollector
+from grpo.types import Completion, FinishReason, Group, Problem, Sampling, Score
+
+SAMPLES = 3
+WEIGHTS = {"length": 1.0}
+
+
+class Letters:
+    """A dialogue of one token a letter."""
+
+    def opening(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        return tuple(map(ord, messages[0].content))
+
+    def reply(self, messages: Sequence[Message], turn: Completion) -> tuple[int, ...]:
+        raise AssertionError("there is one turn")
+
+
+class TokenEngine(ServedEngine):
+    """A token a step for each of ``width`` jobs. How long a completion becomes depends on its problem and index; a few are very long."""
+
+    def __init__(self, width: int = 4, step_s: float = 0.0) -> None:
+        self.width, self.step_s, self.version, self.steps = width, step_s, 0, 0
+
+    def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+        waiting: list[Job] = []
+        running: dict[int, tuple[Job, list[int], list[int]]] = {}
+        while True:
+            jobs = feed(not running and not waiting)
+            if jobs is Close.pause:
+                begun: Finished = [(number, _begun(tokens, versions)) for number, (_, tokens, versions) in running.items()]
+                yield begun + [(job.number, job.begun) for job in waiting]
+                return
+            if isinstance(jobs, Close):
+                if not running and not waiting:
+                    return
+            else:
+                waiting += jobs
+            while waiting and len(running) < self.width:
+                job = waiting.pop(0)
+                running[job.number] = (job, list(job.begun.token_ids), list(job.begun.policy_versions))
+            finished: Finished = []
+            for number, (job, tokens, versions) in list(running.items()):
+                tokens.append(len(tokens))
+                versions.append(self.version)
+                if len(tokens) >= length(job.request.problem_id, job.index):
+                    del running[number]
+                    finished.append((number, _completion(job, tokens, versions)))
+            self.steps += 1
+            time.sleep(self.step_s)
+            yield finished
+
+    def load_weights(self, weights: Weights, version: int) -> SyncReport:
+        self.version = version
+        return SyncReport(version=version, digests={}, num_bytes=0, seconds=0.0, read_back=0)
+
+    def close(self) -> None: ...
+
+
+def length(problem: str, index: int) -> int:
+    rng = random.Random(f"{problem}/{index}")
+    return 60 if rng.random() < 0.1 else rng.randint(1, 8)
+
+
+def _begun(tokens: list[int], versions: list[int]) -> Begun:
+    return Begun(token_ids=tuple(tokens), logprobs=(-1.0,) * len(tokens), policy_versions=tuple(versions))
+
+
+def _completion(job: Job, tokens: list[int], versions: list[int]) -> Completion:
+    return Completion(
+        problem_id=job.request.problem_id,
+        index=job.index,
+        prompt_ids=job.request.prompt_ids,
+        token_ids=tuple(tokens),
+        text="x" * len(tokens),
+        logprobs=(-1.0,) * len(tokens),
+        policy_versions=tuple(versions),
+        finish_reason=FinishReason.stop,
+    )
+
+
+class Lengths:
+    """A reward that notes what it was asked, in calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[tuple[str, int]]] = []
+        self.delay = 0.0
+
+    def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
+        assert [c.problem_id for c in completions] == [p.id for p in problems]
+        self.calls.append([(c.problem_id, c.index) for c in completions])
+        time.sleep(self.delay)
+        return [{"length": Score(value=float(len(c.token_ids)))} for c in completions]
+
+
+def problems(count: int) -> list[Problem]:
+    return [Problem(id=f"p{i}", prompt=f"prompt {i}", answer="") for i in range(count)]
+
+
+def groups_of(engine: ServedEngine, runtime: Any, **changes: Any) -> Groups:
+    settings = {"sampling": Sampling(max_new_tokens=100), "completions_per_problem": SAMPLES, "weights": WEIGHTS, "seed": 0}
+    return Groups(engine=engine, runtime=runtime, dialogue=Letters(), **(settings | changes))
+
+
+def check_whole(found: Sequence[Group], wanted: Sequence[Problem]) -> None:
+    assert [g.problem for g in found] == list(wanted)
+    for group in found:
+        assert [r.completion.index for r in group.rollouts] == list(range(SAMPLES))
+        for rollout in group.rollouts:
+            expected = length(group.problem.id, rollout.completion.index)
+            assert rollout.completion.token_ids == tuple(range(expected)) and rollout.reward == expected
+
+
+# ---------------------------------------------------------------- on-policy
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+@pytest.mark.parametrize("when", list(ScoreWhen))
+def test_everything_is_sampled_and_scored_once(when: ScoreWhen, lockstep: bool) -> None:
+    runtime, wanted = Lengths(), problems(9)
+    told: list[tuple[int, int]] = []
+    found, times = collect(
+        groups_of(TokenEngine(), runtime, score_when=when, lockstep=lockstep), wanted, 1, lambda done, total: told.append((done, total))
+    )
+    check_whole(found, wanted)
+    assert sorted(pair for call in runtime.calls for pair in call) == [(p.id, i) for p in wanted for i in range(SAMPLES)]
+    assert times.keys() == {"generate", "reward"} and told[-1] == (27, 27)
+    if when is ScoreWhen.all:
+        assert len(runtime.calls) == 1
+    if when is ScoreWhen.group:
+        assert all(set(Counter(problem for problem, _ in call).values()) == {SAMPLES} for call in runtime.calls), "groups are whole"
+
+
+def test_rewards_begin_while_the_rest_is_still_being_sampled() -> None:
+    runtime, engine = Lengths(), TokenEngine(width=1)
+    sampled_before: list[int] = []
+    score, asked = runtime.score, threading.Event()
+
+    def noted(completions: Sequence[Completion], of: Sequence[Problem]) -> list[dict[str, Score]]:
+        sampled_before.append(engine.steps)
+        asked.set()
+        return score(completions, of)
+
+    runtime.score = noted  # type: ignore[method-assign]
+
+    class Waits(TokenEngine):
+        """After its first completion it goes on only when that is being scored."""
+
+        def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+            for finished in super().serve(feed, sampling):
+                yield finished
+                if finished:
+                    assert asked.wait(20), "nothing was scored before the end"
+
+    check_whole(collect(groups_of(Waits(width=1), runtime), problems(3), 1)[0], problems(3))
+
+
+def test_what_a_reward_raises_ends_the_call() -> None:
+    class Broken(Lengths):
+        def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
+            raise RuntimeError("reward workers do not start")
+
+    with pytest.raises(RuntimeError, match="reward workers do not start"):
+        collect(groups_of(TokenEngine(), Broken()), problems(3), 1)
+
+
+def test_an_environment_that_fails_leaves_its_rollout_unscored() -> None:
+    made = itertools.count()
+
+    def sometimes() -> Environment:
+        if next(made) % SAMPLES == 1:
+            raise RuntimeError("no such tool")
+        return SingleTurn()
+
+    engine = TokenEngine()
+    found, _ = collect(groups_of(engine, Lengths(), environment=sometimes), problems(3), 1)
+    unscored = [r for group in found for r in group.rollouts if not r.scored]
+    assert len(unscored) == 3 and all("no such tool" in r.scores["environment"].detail for r in unscored)
+
+
+def test_two_problems_of_one_id_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 problems have only 2 ids"):
+        collect(groups_of(TokenEngine(), Lengths()), [*problems(2), problems(1)[0]], 1)
+
+
+def test_an_interrupted_collection_comes_back_after_resume() -> None:
+    collector = Collector(groups=groups_of(TokenEngine(), Lengths()), source=ProblemSource(problems(20), 0))
+    first = collector.take(4)
+    collector.used()
+    state_before, second = collector.state(), collector.take(4)
+    assert collector.state() == state_before, "taken, and not trained on"
+    again = Collector(groups=collector.groups, source=ProblemSource(problems(20), 0))
+    again.load_state(state_before)
+    assert again.take(4) == second != first
+
+
+def test_request_seeds_depend_on_run_step_and_problem_alone() -> None:
+    seeds = {request_seed(seed, step, problem) for seed in (0, 1) for step in (0, 1, 10) for problem in ("a", "b", "0/a")}
+    assert len(seeds) == 18 and all(0 <= seed < 2**63 for seed in seeds)
+    assert request_seed(0, 0, "a") == 5050641589276093629  # recorded: another value would change every run
+
+
+# ---------------------------------------------------------------- ahead, by pacing
+
+
+def paced(engine: ServedEngine, runtime: Any, k: int, batch: int = 4, count: int = 60, **changes: Any) -> PacedCollector:
+    return PacedCollector(
+        groups=groups_of(engine, runtime, **changes), source=ProblemSource(problems(count), 0), batch=batch, max_staleness=k
+    )
+
+
+def train_on(
+    collector: PacedCollector, engine: ServedEngine, steps: Sequence[int], update: Callable[[int], None] = lambda step: None, batch: int = 4
+) -> list[tuple[Group, ...]]:
+    """The loop of the trainer: weights, groups, update."""
+    batches = []
+    for step in steps:
+        with collector.resting():
+            engine.load_weights({}, step - 1)
+        batches.append(collector.collect(collector.take(batch), step))
+        update(step)
+        collector.used()
+    return batches
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_ahead_by_no_more_than_allowed_and_in_the_order_of_the_data(k: int) -> None:
+    engine = TokenEngine(step_s=0.0005)
+    with closing(paced(engine, Lengths(), k)) as collector:
+        batches = train_on(collector, engine, range(1, 13), lambda step: time.sleep(0.01))
+    expected = ProblemSource(problems(60), 0).take(48)
+    check_whole([group for batch in batches for group in batch], expected)
+    assert max(oldest(batches)) <= k
+    mixed = [r for batch in batches for g in batch for r in g.rollouts if len(set(r.completion.policy_versions)) > 1]
+    assert mixed, "weights change in the middle of completions"
+    assert all(list(r.completion.policy_versions) == sorted(r.completion.policy_versions) for r in mixed)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_an_update_that_takes_long_is_overtaken_as_far_as_may_be(k: int) -> None:
+    engine = TokenEngine()
+
+    def update(step: int) -> None:
+        deadline = time.monotonic() + 20
+        while not all(group.done for group in collector._outstanding):
+            assert time.monotonic() < deadline, "what may be begun is sampled while the trainer is busy"
+            time.sleep(0.002)
+
+    with closing(paced(engine, Lengths(), k)) as collector:
+        batches = train_on(collector, engine, range(1, 9), update)
+    # Batches 1 to 1 + k are begun under version 0, and every batch after that as soon as there is room: k updates before its own.
+    assert oldest(batches) == [min(step - 1, k) for step in range(1, 9)]
+
+
+def oldest(batches: Sequence[Sequence[Group]]) -> list[float]:
+    return [staleness_metrics(batch, step - 1)["rollout/staleness_max"] for step, batch in enumerate(batches, start=1)]
+
+
+def test_each_group_is_scored_once_however_often_it_is_paused() -> None:
+    engine, runtime = TokenEngine(step_s=0.0005), Lengths()
+    with closing(paced(engine, runtime, 2, score_when=ScoreWhen.group)) as collector:
+        for step in range(1, 8):
+            taken = collector.take(4)
+            for _ in range(3):
+                with collector.resting():
+                    before = engine.steps
+                    assert engine.steps == before, "nothing is sampled meanwhile"
+            check_whole(collector.collect(taken, step), taken)
+            collector.used()
+    scored = Counter(pair for call in runtime.calls for pair in call)
+    assert set(scored.values()) == {1}
+
+
+def test_a_state_brings_back_what_was_begun() -> None:
+    """Also from the middle of a step: nothing is lost, nothing comes twice, and tokens sampled before keep their versions."""
+    import io
+
+    import torch
+
+    engine = TokenEngine(step_s=0.0005)
+    first = paced(engine, Lengths(), 2)
+    train_on(first, engine, [1, 2])
+    first.take(4)  # and not trained on: the run is stopped here
+    buffer = io.BytesIO()
+    torch.save(first.state(), buffer)
+    first.close()
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    begun = {
+        (group["problem"], index): tuple(tokens["token_ids"])
+        for group in state["groups"]
+        for index, tokens in group["begun"].items()
+        if tokens["token_ids"]
+    }
+    assert begun and any(group["rollouts"] for group in state["groups"]), "this moment has half-made rollouts and scored ones"
+    engine, runtime = TokenEngine(step_s=0.0005), Lengths()
+    with closing(paced(engine, runtime, 2)) as second:
+        second.load_state(state)
+        batches = train_on(second, engine, range(3, 9))
+    check_whole([group for batch in batches for group in batch], ProblemSource(problems(60), 0).take(32)[8:])
+    scored = {pair for call in runtime.calls for pair in call}
+    there = {(group["problem"], index) for group in state["groups"] for index in group["rollouts"]}
+    assert not scored & there, "what was scored is not scored again"
+    for rollout in (r for batch in batches for g in batch for r in g.rollouts):
+        kept = len(begun.get((rollout.problem.id, rollout.completion.index), ()))
+        versions = rollout.completion.policy_versions
+        if (rollout.problem.id, rollout.completion.index) not in there:
+            assert all(v <= 1 for v in versions[:kept]) and all(v >= 2 for v in versions[kept:]), "the weights were there before it went on"
+
+
+def test_what_goes_wrong_in_the_background_is_raised_in_front() -> None:
+    class Dies(TokenEngine):
+        def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+            for number, finished in enumerate(super().serve(feed, sampling)):
+                if number == 5:
+                    raise RuntimeError("no engine is left")
+                yield finished
+
+    with closing(paced(Dies(), Lengths(), 1)) as collector, pytest.raises(RuntimeError, match="no engine is left"):
+        collector.collect(collector.take(4), 1)
+
+
+def test_a_small_data_set_is_never_begun_twice_at_once() -> None:
+    """Across the end of an epoch a problem may come again while it is under way."""
+    engine = TokenEngine()
+    with closing(paced(engine, Lengths(), 2, batch=2, count=5)) as collector:
+        batches = train_on(collector, engine, range(1, 20), batch=2)
+    for batch in batches:
+        assert len({group.problem.id for group in batch}) == len(batch) == 2
+
+
+def test_staleness_below_one_is_the_other_collector() -> None:
+    with pytest.raises(ValueError, match="max_staleness is 0"):
+        paced(TokenEngine(), Lengths(), 0)
+
+
+def test_metrics_say_how_busy_the_engines_were() -> None:
+    engine = TokenEngine()
+    with closing(paced(engine, Lengths(), 1)) as collector:
+        collector.collect(collector.take(4), 1)
+        deadline = time.monotonic() + 20
+        while sum(len(g.rollouts) for g in collector._outstanding) < 4 * SAMPLES and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        found: Mapping[str, float] = collector.metrics()
+    assert 0 < found["async/engine_idle_share"] <= 1, "what may be begun was sampled, and then the engine waited"
+    assert found["async/groups_ahead"] == 4 and found["async/rollouts_waiting"] == 8 * SAMPLES
