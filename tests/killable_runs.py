@@ -21,8 +21,7 @@ from typing import Any
 
 # Where a phase begins: the function whose calls are counted. The reward's moments are in the reward function of the test.
 PHASES = {
-    "generation/hf": "grpo.rollouts.hf:HFEngine.serve",
-    "generation/scripted": "grpo.rollouts.scripted:ScriptedEngine.serve",
+    "generation": "grpo.rollouts.collect:Collector.collect",  # of training; nearly all of it is sampling
     "update": "grpo.learner:Learner.learn",
     "sync/hf": "grpo.rollouts.hf:HFEngine.load_weights",
     "sync/scripted": "grpo.rollouts.scripted:ScriptedEngine.load_weights",
@@ -120,13 +119,6 @@ def arm(kill: Kill) -> None:
                 threading.Timer(kill.share * before, die).start()
         start = time.monotonic()
         result = plain(*args, **kwargs)
-        return timed(result, start) if hasattr(result, "send") else ended(result, start)
-
-    def timed(steps: Any, start: float) -> Any:  # a generator: the phase lasts until it is exhausted
-        return ended((yield from steps), start)
-
-    def ended(result: Any, start: float) -> Any:
-        nonlocal before
         before = time.monotonic() - start
         if count == kill.call and kill.share == 1:
             die()

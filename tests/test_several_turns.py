@@ -298,6 +298,7 @@ scoring: {{unscored_share: 1.0}}
 """
 
 
+@pytest.mark.slow
 def test_a_recipe_whose_environment_judges_trains_and_goes_on(tmp_path: Any, tiny_model: str) -> None:
     """No reward part at all; a game of three turns that some rollouts do not finish within 40 tokens."""
     (tmp_path / "game.py").write_text(GAME)
@@ -316,7 +317,7 @@ def test_a_recipe_whose_environment_judges_trains_and_goes_on(tmp_path: Any, tin
     finished = [r for g in groups for r in g.rollouts if not r.completion.truncated and r.scored]
     for r in finished:
         said = [text for text, own in r.completion.transcript if own]
-        assert len(said) == 3 and r.reward == sum(text[-1:].isdigit() for text in said) / 3
+        assert len(said) == 3 and r.reward == pytest.approx(sum(text[-1:].isdigit() for text in said) / 3, abs=1e-11)
     assert {r.problem.columns["question"][:3] == "9,9" for g in groups for r in g.rollouts if not r.scored} <= {True}
     game = sys.modules[next(name for name in sys.modules if name.startswith("grpo_user_game_"))]
     assert game.Digits.closed == 1, "what environments share is closed at the end of the run"
