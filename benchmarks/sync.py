@@ -66,9 +66,7 @@ def pool(side: str, arguments: dict[str, Any], stack: ExitStack) -> Any:
         "disk": lambda: Disk(stack.enter_context(tempfile.TemporaryDirectory())),
         "gloo": lambda: stack.enter_context(closing(PeerToPeer("gloo"))),
     }
-    return EnginePool(
-        num_engines=1, cpus_per_engine=usable_cores(), factory=VLLMEngine, kwargs=arguments, transfer=makers[side]()
-    )
+    return EnginePool(num_engines=1, cpus_per_engine=usable_cores(), factory=VLLMEngine, kwargs=arguments, transfer=makers[side]())
 
 
 def share(run: Path) -> str:

@@ -221,9 +221,7 @@ def self_test(
 class _Trial:
     """Engines and trainer under weights of which some are changed."""
 
-    def __init__(
-        self, engine: Engine, weights: dict[str, Tensor], score: Score, requests: Sequence[Request], sampling: Sampling
-    ) -> None:
+    def __init__(self, engine: Engine, weights: dict[str, Tensor], score: Score, requests: Sequence[Request], sampling: Sampling) -> None:
         self._engine, self._weights, self._score = engine, weights, score
         self._requests, self._sampling = requests, sampling
         self.noise = 0.0  # 0: not known yet
@@ -282,9 +280,7 @@ class _Trial:
         """Every engine against the trainer."""
         return [mean_difference([c.logprobs for c in own], theirs) for own, theirs in zip(answers, under, strict=True)]
 
-    def _moved(
-        self, changes: Mapping[str, Tensor], others: Mapping[str, Tensor], answers: Sequence[Sequence[Completion]]
-    ) -> list[float]:
+    def _moved(self, changes: Mapping[str, Tensor], others: Mapping[str, Tensor], answers: Sequence[Sequence[Completion]]) -> list[float]:
         """The trainer's log-probs under one set of changes against those under another, for every engine's answers."""
         pairs = zip(self._under(changes, answers), self._under(others, answers), strict=True)
         return [mean_difference(one, other) for one, other in pairs]

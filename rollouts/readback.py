@@ -86,9 +86,7 @@ def _readable(model: torch.nn.Module, bench: _Bench) -> Iterator[tuple[str, torc
                 yield f"{name}.{own}", parameter.dtype, _rows(parameter, 0, None)
 
 
-def _linear(
-    name: str, module: LinearBase, merged: Mapping[str, list[str]], bench: _Bench
-) -> Iterator[tuple[str, torch.dtype, _Read]]:
+def _linear(name: str, module: LinearBase, merged: Mapping[str, list[str]], bench: _Bench) -> Iterator[tuple[str, torch.dtype, _Read]]:
     """A linear layer, cut into those it was merged from."""
     parent, _, last = name.rpartition(".")
     parts = merged.get(last, [last])

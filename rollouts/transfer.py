@@ -6,6 +6,7 @@ pool keeps the parcels of the last sync, from which an engine that replaces a de
 * ``SharedMemory`` (default): Ray's object store. Engines on the trainer's machine read the trainer's pages, without a copy; other
   machines are sent a copy. Where /dev/shm is too small, Ray keeps the store in a file under /tmp.
 * ``Disk``: safetensors files in a folder that every machine can read, for engines that no object store reaches.
+* ``grpo.rollouts.peer``: from memory to memory by torch.distributed, NCCL between GPUs, gloo between CPUs.
 """
 
 from __future__ import annotations
