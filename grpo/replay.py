@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from grpo.rewards.base import combine
 from grpo.rewards.health import failures
 from grpo.rollouts.assembly import Scorer
+from grpo.rollouts.episode import FAILURE, judged
 from grpo.types import Group, Rollout, Score
 
 
@@ -42,12 +42,17 @@ class StepReplay:
 
 
 def rescore(step: int, groups: Sequence[Group], runtime: Scorer, weights: Mapping[str, float]) -> StepReplay:
-    """The same completions under another reward. ``weights`` are those of the runtime's parts."""
+    """The same completions under another reward. ``weights`` are of the parts and of the environment's scores, which stay."""
     stored = rollouts(groups)
     scores = runtime.score([r.completion for r in stored], [r.problem for r in stored])
-    fresh = iter([replace(r, scores=parts, reward=combine(parts, weights)) for r, parts in zip(stored, scores, strict=True)])
+    fresh = iter([_judged_again(r, parts, weights) for r, parts in zip(stored, scores, strict=True)])
     after = tuple(Group(problem=g.problem, rollouts=tuple(next(fresh) for _ in g.rollouts)) for g in groups)
     return StepReplay(step=step, before=tuple(groups), after=after)
+
+
+def _judged_again(rollout: Rollout, parts: Mapping[str, Score], weights: Mapping[str, float]) -> Rollout:
+    own = {name: score for name, score in rollout.scores.items() if name not in parts and (name in weights or name == FAILURE)}
+    return judged(rollout.problem, rollout.completion, parts, own, weights)
 
 
 def rollouts(groups: Sequence[Group]) -> list[Rollout]:

@@ -117,7 +117,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 def test_a_whole_run(run: RunFolder) -> None:
     run.write_objective("J(θ) = E[min(r A, clip(r, 1-ε, 1+ε) A)] <objective>\n")
-    run.write_environment()
+    run.write_environment({"packages": {"torch": "2.13.0"}})
     run.append_metrics({"step": 0, "eval/pass@1": 0.12, "eval/pass@1_ci95": 0.03})
     for step in range(1, 61):
         run.append_metrics(step_row(step))

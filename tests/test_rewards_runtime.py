@@ -251,9 +251,10 @@ def test_a_function_can_say_what_running_out_of_memory_is_worth(make: Callable[.
 def test_a_worker_that_keeps_too_much_is_replaced(make: Callable[..., RewardRuntime]) -> None:
     runtime = make({"hoards": "hoards"}, num_workers=1, memory_mb=100)
     scores = [parts["hoards"] for parts in score(runtime, *["x"] * 9)]
-    # three fit into 100 MB (the fourth would be the 120th); after the failure a new worker counts from one again
-    assert [s.value for s in scores if s.scored] == [1.0, 2.0, 3.0] * 2 + [1.0]
-    assert [s.outcome for s in scores if not s.scored] == [Outcome.memory] * 2
+    # Three fit into 100 MB (the fourth would be the 120th), and after a failure a new worker counts from one again. Either of two
+    # workers may be the first that is ready: so nine calls meet at least one failure (9 > 2 · 3) and at most two (9 < 3 · 4).
+    assert {s.value for s in scores if s.scored} == {1.0, 2.0, 3.0}
+    assert [s.outcome for s in scores if not s.scored] in ([Outcome.memory], [Outcome.memory] * 2)
 
 
 def test_time_in_the_queue_for_a_core_is_not_the_functions(make: Callable[..., RewardRuntime], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from grpo.layouts import LayoutName
 from grpo.losses import Loss
 from grpo.policy import HFPolicy, OptimSettings
 from grpo.recipe import load_recipe
+from grpo.replay import rescore
 from grpo.report import write_report
 from grpo.rollout_table import groups_of, rollout_table
 from grpo.run import RunFolder
@@ -259,6 +260,21 @@ def test_a_reader_can_tell_who_said_what(tmp_path: Any) -> None:
     write_report(run)
     page = (run.path / "report.html").read_text()
     assert '<span class="environment">│ 391\n│ &lt;b&gt;bold&lt;/b&gt;</span>' in page and "3 tokens" in page
+
+
+def test_a_reward_changed_afterwards_leaves_the_environments_scores() -> None:
+    """Stored: accuracy 1, and the environment's own `won` 0.5; the new reward part says 3: 3 + 2 · 0.5."""
+
+    class Threes:
+        def score(self, completions: Any, problems: Any) -> Any:
+            return [{"new": Score(value=3.0)} for _ in completions]
+
+    group = conversation()
+    won = replace(group.rollouts[0], scores=group.rollouts[0].scores | {"won": Score(value=0.5)})
+    failed = replace(group.rollouts[1], scores={"environment": Score(value=float("nan"))}, reward=float("nan"))
+    (after,) = rescore(1, [replace(group, rollouts=(won, failed))], Threes(), {"new": 1.0, "won": 2.0}).after
+    assert after.rollouts[0].reward == 4.0 and set(after.rollouts[0].scores) == {"new", "won"}
+    assert not after.rollouts[1].scored
 
 
 # ---------------------------------------------------------------- a whole run

@@ -26,7 +26,7 @@ from grpo.interrupt import Interrupted, StopSignal
 from grpo.learner import Learner, merge_metrics
 from grpo.recipe import load_recipe, load_run
 from grpo.rewards.health import RewardFailure
-from grpo.rollouts.hf import HFEngine
+from grpo.rollouts.collect import Collector
 from grpo.run import RunFolder
 from grpo.trainer import Trainer
 
@@ -197,15 +197,16 @@ def test_resume_without_its_checkpoints_says_so(recipe: str) -> None:
 
 def test_an_interrupted_generation_leaves_the_last_step_and_its_problems(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = run_recipe(recipe, "run.steps=3", "run.name=straight")
-    serve, calls = HFEngine.serve, []
+    collect, calls = Collector.collect, []
 
-    def stopping(self: HFEngine, *args: Any, **kwargs: Any) -> Any:
+    def stopping(self: Collector, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if len(calls) == 3:  # the evaluation at the start, step 1, step 2
+        if len(calls) == 2:  # step 2
+            collect(self, *args, **kwargs)
             raise Interrupted
-        return serve(self, *args, **kwargs)
+        return collect(self, *args, **kwargs)
 
-    monkeypatch.setattr(HFEngine, "serve", stopping)
+    monkeypatch.setattr(Collector, "collect", stopping)
     with pytest.raises(Interrupted):
         run_recipe(recipe, "run.steps=3", "run.name=cut")
     cut = RunFolder.open(straight.path.parent / "cut")
