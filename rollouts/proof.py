@@ -37,9 +37,9 @@ Digests = Mapping[str, str]
 Score = Callable[[Mapping[str, "Tensor"], Sequence[Completion]], Sequence[Sequence[float]]]
 """The trainer's log-probs of the completions' tokens under given weights, at the temperature they were sampled with."""
 
-_CHANGE = 1.0  # of a tensor's root mean square; at 0.5, one tensor of SmolLM2 moved log-probs by 0.2 to 3, and noise by 0.04
+_CHANGE = 2.0  # of a tensor's root mean square: one stale tensor of SmolLM2 is then off by 0.8 a token or more, and noise is 0.05
 _LEAST_SIZE = 0.02  # for tensors that are all zero, such as fresh biases
-_TOGETHER = 3  # tensors changed in one load of the self-test: of SmolLM2's 11 kinds, 4 loads
+_TOGETHER = 5  # tensors changed in one load of the self-test: of SmolLM2's 11 kinds, 3 loads
 _SEEN = 5.0  # a change is seen if it moves the log-probs this many times as much as the numerical noise
 
 
@@ -179,7 +179,7 @@ def self_test(
 ) -> SelfTest:
     """Prove the whole path from the trainer's tensors to every engine's log-probs, with changes too large to miss.
 
-    One tensor of every kind (its name without the layer's number; another layer for each kind) is changed by its own size, and
+    One tensor of every kind (its name without the layer's number; another layer for each kind) is changed by twice its own size, and
     loaded. Every engine's log-probs of what it then samples must agree with the trainer's under the changed weights. A load costs
     more than a score, so a few tensors are changed at a time, and the trainer says for each of them how far the log-probs would be
     off, had this one stayed as it was and the others changed. Where that does not tell every one of them apart, each is changed
@@ -231,8 +231,9 @@ class _Trial:
     def difference(self, changes: Mapping[str, Tensor], what: str, version: int | None = None) -> float:
         """Between trainer and the worst engine, with these changes to the weights."""
         answers = self._answers(changes, version)
-        apart = self._apart(answers, self._under(changes, answers))
-        self._check(apart, self._moved(changes, {}, answers) if changes else [0.0] * len(apart), what)
+        under = self._under(changes, answers)
+        apart = self._apart(answers, under)
+        self._check(apart, _moved(under, self._under({}, answers)) if changes else [0.0] * len(apart), what)
         return max(apart)
 
     def alone(self, name: str) -> float:
@@ -243,8 +244,9 @@ class _Trial:
         """
         changes = {name: changed(name, self._weights[name])}
         answers = self._answers(changes)
-        moved = self._moved(changes, {}, answers)
-        self._check(self._apart(answers, self._under(changes, answers)), moved, f"{name} was changed")
+        under = self._under(changes, answers)
+        moved = _moved(under, self._under({}, answers))
+        self._check(self._apart(answers, under), moved, f"{name} was changed")
         return min(moved)
 
     def told_apart(self, names: Sequence[str]) -> dict[str, float]:
@@ -256,10 +258,10 @@ class _Trial:
             return {}
         changes = {name: changed(name, self._weights[name]) for name in names}
         answers = self._answers(changes)
-        apart = self._apart(answers, self._under(changes, answers))
-        stale = {
-            name: self._moved(changes, {other: tensor for other, tensor in changes.items() if other != name}, answers) for name in names
-        }
+        under = self._under(changes, answers)
+        apart = self._apart(answers, under)
+        without = {name: {other: tensor for other, tensor in changes.items() if other != name} for name in names}
+        stale = {name: _moved(under, self._under(others, answers)) for name, others in without.items()}
         for moved in stale.values():
             if any(a > self._bound(m) or m <= _SEEN * self.noise for a, m in zip(apart, moved, strict=True)):
                 return {}
@@ -280,11 +282,6 @@ class _Trial:
         """Every engine against the trainer."""
         return [mean_difference([c.logprobs for c in own], theirs) for own, theirs in zip(answers, under, strict=True)]
 
-    def _moved(self, changes: Mapping[str, Tensor], others: Mapping[str, Tensor], answers: Sequence[Sequence[Completion]]) -> list[float]:
-        """The trainer's log-probs under one set of changes against those under another, for every engine's answers."""
-        pairs = zip(self._under(changes, answers), self._under(others, answers), strict=True)
-        return [mean_difference(one, other) for one, other in pairs]
-
     def _bound(self, moved: float) -> float:
         """How far an engine may be from the trainer: as much as numerical noise explains."""
         return max(_SEEN * self.noise, moved / _SEEN)
@@ -297,6 +294,11 @@ class _Trial:
                     f"mean; with the same weights they differ by {self.noise:.3g}, and the change itself moved them by {change:.3g}\n"
                     "  → the engine does not compute with the weights it was sent; see docs/fault-tolerance.md"
                 )
+
+
+def _moved(one: Sequence[Sequence[Sequence[float]]], other: Sequence[Sequence[Sequence[float]]]) -> list[float]:
+    """The trainer's log-probs under one set of changes against those under another, for every engine's answers."""
+    return [mean_difference(a, b) for a, b in zip(one, other, strict=True)]
 
 
 def one_of_each_kind(names: Iterable[str]) -> list[str]:

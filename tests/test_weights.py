@@ -283,8 +283,8 @@ def test_a_changed_tensor_is_the_same_everywhere_and_far_away() -> None:
     tensor = torch.tensor([3.0, -4.0, 0.0, 5.0])  # root mean square √12.5
     once = changed("a", tensor)
     assert torch.equal(once, changed("a", tensor)) and not torch.equal(once, changed("b", tensor))
-    assert (once - tensor).abs().tolist() == pytest.approx([math.sqrt(12.5)] * 4)
-    assert changed("bias", torch.zeros(3)).abs().tolist() == pytest.approx([0.02] * 3), "zeros change too"
+    assert (once - tensor).abs().tolist() == pytest.approx([2 * math.sqrt(12.5)] * 4)
+    assert changed("bias", torch.zeros(3)).abs().tolist() == pytest.approx([2 * 0.02] * 3), "zeros change too"
 
 
 def test_the_mean_difference_counts_tokens_and_does_not_hide_nan() -> None:
