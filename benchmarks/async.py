@@ -1,14 +1,14 @@
 """What sampling ahead of the updates gives: time and idleness by pacing alone, and what it does to learning.
 
     python benchmarks/async.py pacing [--updates 40]
-    python benchmarks/async.py learning [--steps 12] [--runs runs] [OVERRIDE …]
+    python benchmarks/async.py learning [--recipe r1_zero_arithmetic] [--staleness 0 1 2 4] [--runs runs] [OVERRIDE …]
 
 pacing: the collectors as they are, with an engine and an update that take time and no cores, as on a machine whose engines and trainer
 have GPUs of their own: 64 sequences at once, 10 ms a token for all of them, 16 groups of 8 with log-normal lengths (median 60 tokens,
 σ = 0.9, at most 1,000: the longest of a batch is about ten times the median), an update of 1.5 s.
 The trainer's idleness is the share of time in which it waits for groups, the engine's that in which it has nothing to sample.
 
-learning: ``r1_zero_arithmetic`` on this machine for each staleness, with the sampler's correction and without.
+learning: a recipe on this machine for each staleness, with the sampler's correction and without. A run that is there is not made again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from grpo.types import Completion, FinishReason, Problem, Sampling, Score
 
 BATCH, SAMPLES, WIDTH, LONGEST = 16, 8, 64, 1000
 MEDIAN, SIGMA, STEP_S, UPDATE_S = 60, 0.9, 0.01, 1.5
-STALENESS = (0, 1, 2, 4)
 
 
 class Clockwork(ServedEngine):
@@ -118,7 +117,7 @@ def pacing(updates: int) -> None:
     busy = BATCH * SAMPLES * sum(drawn) / len(drawn) / WIDTH * STEP_S
     print(f"a batch at full width takes the engine {busy:.2f} s, an update {UPDATE_S:.2f} s: no pacing can be quicker than the longer\n")
     print("| max_staleness | s an update | trainer idle | engine idle | staleness, mean | max |\n|---|---|---|---|---|---|")
-    for k in STALENESS:
+    for k in (0, 1, 2, 4):
         print("| " + " | ".join(measure(k, updates, problems)) + " |", flush=True)
 
 
@@ -159,17 +158,18 @@ def measure(k: int, updates: int, problems: Sequence[Problem]) -> list[str]:
     return [str(k), f"{seconds / updates:.2f}", f"{waited / seconds:.0%}", f"{1 - used:.0%}", f"{ages / updates:.2f}", f"{oldest:.0f}"]
 
 
-def learning(steps: int, folder: Path, overrides: Sequence[str]) -> None:
+def learning(recipe: str, staleness: Sequence[int], folder: Path, overrides: Sequence[str]) -> None:
     print("| max_staleness | corrected | s a step | waiting | staleness | pass@1 at each evaluation |\n|---|---|---|---|---|---|")
-    for k in STALENESS:
+    for k in staleness:
         for corrected in (True, False):
             name = f"async_{k}_{'corrected' if corrected else 'plain'}"
-            command = [sys.executable, "-m", "grpo.cli", "train", "r1_zero_arithmetic", f"run.name={name}", f"run.dir={folder}"]
-            command += [f"run.steps={steps}", "run.checkpoint_every=0", f"rollout.max_staleness={k}", "logger=quiet", *overrides]
-            command += [] if corrected else ["~algo.correction.tis"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            run = RunFolder.open(folder / "r1_zero_arithmetic" / name)
-            print("| " + " | ".join([str(k), "yes" if corrected else "no", *summary(run)]) + " |", flush=True)
+            if not (folder / recipe / name / "report.html").is_file():
+                command = [sys.executable, "-m", "grpo.cli", "train", recipe, f"run.name={name}", f"run.dir={folder}", "logger=quiet"]
+                command += ["run.checkpoint_every=0", f"rollout.max_staleness={k}", *overrides]
+                command += [] if corrected else ["~algo.correction.tis"]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            cells = [str(k), "yes" if corrected else "no", *summary(RunFolder.open(folder / recipe / name))]
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def summary(run: RunFolder) -> list[str]:
@@ -188,13 +188,14 @@ def main() -> None:
     command = commands.add_parser("pacing")
     command.add_argument("--updates", type=int, default=40)
     command = commands.add_parser("learning")
-    command.add_argument("--steps", type=int, default=12)
+    command.add_argument("--recipe", default="r1_zero_arithmetic")
+    command.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2, 4])
     command.add_argument("--runs", type=Path, default=Path("runs"))
     options, overrides = parser.parse_known_args()
     if options.command == "pacing":
         pacing(options.updates)
     else:
-        learning(options.steps, options.runs, overrides)
+        learning(options.recipe, options.staleness, options.runs, overrides)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import itertools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -74,6 +74,7 @@ class Assembly:
         self._runtime, self._weights = runtime, weights
         self._score_when, self._lockstep = score_when, lockstep
         self._changed = threading.Condition()  # guards all below
+        self._starting: deque[_Place] = deque()  # their environments are asked for the first prompt
         self._ready: deque[_Place] = deque()  # a turn to be sampled
         self._running: dict[int, _Place] = {}  # with the engines, by job number
         self._answering = 0  # environments at work
@@ -106,27 +107,26 @@ class Assembly:
             for episode in group.episodes
             if episode.index not in group.rollouts
         ]
-        to_start = [place for place in places if place.episode.completion is None]
         with self._changed:
             self._over += [place for place in places if place.episode.completion is not None]
-            self._answering += len(to_start)
-        started = [self._environments.submit(place.episode.start) for place in to_start]
-        for place, future in zip(to_start, started, strict=True):
-            self._wait_for(future)
-            with self._changed:  # in order, whichever environment was quickest
-                self._answering -= 1
-                (self._ready if place.episode.completion is None else self._over).append(place)
-                self._changed.notify_all()
+            self._starting += [place for place in places if place.episode.completion is None]
+            self._changed.notify_all()
+        for place in places:
+            if place.episode.completion is None:
+                self._environments.submit(self._start, place)
 
     # --- between the engines and the environments ---
 
     def feed(self, idle: bool) -> Sequence[Job] | Close:
-        """The turns that can be sampled now; ``Close.finish`` when there are none and will be none. See ``grpo.rollouts.base.Feed``."""
+        """The turns that can be sampled now; ``Close.finish`` when there are none and will be none. See ``grpo.rollouts.base.Feed``.
+
+        What was opened together is handed out together: engines are at their best with many at once.
+        """
         with self._changed:
             if idle:
-                self._changed.wait_for(lambda: self._ready or not self._answering or self._error, timeout=_IDLE)
+                self._changed.wait_for(lambda: not (self._starting or (self._answering and not self._ready)) or self._error, timeout=_IDLE)
             self._check()
-            if self._lockstep and (self._running or self._answering):
+            if self._starting or (self._lockstep and (self._running or self._answering)):
                 return ()
             jobs = []
             while self._ready:
@@ -146,6 +146,19 @@ class Assembly:
                     continue
                 self._answering += 1
             self._environments.submit(self._advance, place, result)
+
+    def _start(self, place: _Place) -> None:
+        try:
+            place.episode.start()
+        except BaseException as error:
+            self._fail(error)
+            return
+        with self._changed:
+            place.started = True
+            while self._starting and self._starting[0].started:  # in order, whichever environment was quickest
+                first = self._starting.popleft()
+                (self._ready if first.episode.completion is None else self._over).append(first)
+            self._changed.notify_all()
 
     def _advance(self, place: _Place, turn: Completion) -> None:
         try:
@@ -185,7 +198,7 @@ class Assembly:
     def _to_score(self) -> list[_Place]:
         """Rollouts that are over and whose time has come."""
         if self._score_when is ScoreWhen.all:
-            return [] if self._ready or self._running or self._answering else list(self._over)
+            return [] if self._starting or self._ready or self._running or self._answering else list(self._over)
         if self._score_when is ScoreWhen.group:
             over = Counter(place.group for place in self._over)
             return [place for place in self._over if over[place.group] + len(place.group.rollouts) == len(place.group.episodes)]
@@ -214,7 +227,7 @@ class Assembly:
     def unfinished(self) -> int:
         """Rollouts that are not over: with an engine, waiting for one, or with their environment."""
         with self._changed:
-            return len(self._ready) + len(self._running) + self._answering
+            return len(self._starting) + len(self._ready) + len(self._running) + self._answering
 
     @property
     def sampling(self) -> bool:
@@ -224,19 +237,12 @@ class Assembly:
 
     @contextmanager
     def still(self) -> Iterator[None]:
-        """Nothing changes meanwhile: environments and rewards have come to rest. Engines must have been paused before."""
+        """No rollout changes meanwhile: environments and rewards have come to rest. Engines must have been paused before."""
         with self._changed:
             while self._answering or self._scoring or self._to_score():
                 self._changed.wait(timeout=1.0)
                 self._check()
             yield
-
-    def _wait_for(self, future: Future[None]) -> None:
-        try:
-            future.result()
-        except BaseException as error:
-            self._fail(error)
-            raise
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
@@ -255,6 +261,7 @@ class _Place:
     order: tuple[int, int]  # group by group, then by index
     group: GroupInMaking
     episode: Episode
+    started: bool = False
 
     @property
     def completion(self) -> Completion:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
@@ -23,6 +22,8 @@ from grpo.rollouts.base import Close, Job, Progress
 from grpo.rollouts.collect import Groups, Source
 from grpo.rollouts.saved import put_back, saved
 from grpo.types import Group, Problem
+
+_IDLE = 0.02  # seconds an engine that has nothing to sample waits before it looks again
 
 
 class PacedCollector:
@@ -44,8 +45,9 @@ class PacedCollector:
         self._ahead = batch * max_staleness
         self._batch = batch
         self._begun = 0  # groups, since the run's start
-        self._outstanding: deque[GroupInMaking] = deque()  # begun and not taken, in order
-        self._taken: list[GroupInMaking] = []  # and not yet trained on
+        self._under_way: list[GroupInMaking] = []  # begun and not yet trained on, in order: first those that were taken
+        self._num_taken = 0
+        self._position = source.position  # in the data, behind all that was begun
         self._restored: list[GroupInMaking] = []  # of a checkpoint: they wait for the first ``take``, when the weights are there
         self.timings: dict[str, float] = {}
         self._assembly = groups.assembly()
@@ -54,7 +56,8 @@ class PacedCollector:
         self._parked = False
         self._closed = False
         self._error: BaseException | None = None
-        self._idle = 0.0  # seconds in which engines had nothing to sample
+        self._idle = 0.0  # seconds in which engines had nothing to sample, since the last update
+        self._idle_share = 0.0  # of the update before
         self._since = time.monotonic()
         self._server = threading.Thread(target=self._serve, name="rollouts", daemon=True)
         self._server.start()
@@ -63,15 +66,15 @@ class PacedCollector:
 
     def take(self, count: int) -> Sequence[Problem]:
         """The next problems, in the order in which they were begun; as many as may be are begun behind them."""
-        self._begin(count + self._ahead)
-        taken = [self._outstanding.popleft() for _ in range(min(count, len(self._outstanding)))]
-        self._taken += taken
-        return [group.problem for group in taken]
+        first = self._num_taken
+        self._begin(first + count + self._ahead)
+        self._num_taken = min(first + count, len(self._under_way))
+        return [group.problem for group in self._under_way[first : self._num_taken]]
 
     def collect(self, problems: Sequence[Problem], step: int) -> tuple[Group, ...]:
         """The groups of problems that were taken, when all are sampled and scored."""
         wanted = {problem.id for problem in problems}
-        mine = [group for group in self._taken if group.problem.id in wanted]
+        mine = [group for group in self._under_way[: self._num_taken] if group.problem.id in wanted]
         total = sum(len(group.episodes) for group in mine)
 
         def told() -> None:
@@ -86,7 +89,12 @@ class PacedCollector:
 
     def used(self) -> None:
         """All that was taken is trained on: from now on ``state`` does not bring it back."""
-        self._taken.clear()
+        del self._under_way[: self._num_taken]
+        self._num_taken = 0
+        with self._state:
+            now = time.monotonic()
+            self._idle_share = self._idle / max(now - self._since, 1e-9)
+            self._idle, self._since = 0.0, now
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -105,15 +113,11 @@ class PacedCollector:
                 self._state.notify_all()
 
     def metrics(self) -> dict[str, float]:
-        """The share of time since the last call in which the engines had nothing to sample, and how much is under way."""
-        with self._state:
-            idle, self._idle = self._idle, 0.0
-            since, self._since = self._since, time.monotonic()
-        groups = [*self._taken, *self._outstanding]
+        """The share of the last step's time in which the engines had nothing to sample, and how much is under way."""
         return {
-            "async/engine_idle_share": idle / max(self._since - since, 1e-9),
-            "async/groups_ahead": float(len(self._outstanding)),
-            "async/rollouts_waiting": float(sum(len(group.rollouts) for group in groups)),
+            "async/engine_idle_share": self._idle_share,
+            "async/groups_ahead": float(len(self._under_way) - self._num_taken),
+            "async/rollouts_waiting": float(sum(len(group.rollouts) for group in self._under_way)),
         }
 
     def close(self) -> None:
@@ -151,6 +155,8 @@ class PacedCollector:
         jobs = self._assembly.feed(idle)
         if idle:
             with self._state:
+                if isinstance(jobs, Close):  # all that may be begun is sampled
+                    self._state.wait_for(lambda: self._pause, timeout=_IDLE)
                 self._idle += time.monotonic() - start
         return () if isinstance(jobs, Close) else jobs
 
@@ -159,17 +165,18 @@ class PacedCollector:
             raise self._error
 
     def _begin(self, wanted: int) -> None:
-        """Have ``wanted`` groups begun and not taken. A problem that is under way already is not begun a second time."""
+        """Have ``wanted`` groups under way. A problem that is under way already is not begun a second time."""
         self._check()
         fresh, self._restored = self._restored, []
-        under_way = {group.problem.id for group in [*self._taken, *self._outstanding]}
-        while len(self._outstanding) < wanted and len(under_way) < len(self._source.problems):
-            for problem in self._source.take(1):
-                if problem.id not in under_way:
-                    under_way.add(problem.id)
-                    fresh.append(self._groups.begin(problem, 1 + self._begun // self._batch))
-                    self._outstanding.append(fresh[-1])
-                    self._begun += 1
+        ids = {group.problem.id for group in self._under_way}
+        while len(self._under_way) < wanted and len(ids) < len(self._source.problems):
+            (problem,) = self._source.take(1)
+            if problem.id not in ids:
+                ids.add(problem.id)
+                fresh.append(self._groups.begin(problem, 1 + self._begun // self._batch))
+                self._under_way.append(fresh[-1])
+                self._begun += 1
+            self._position = self._source.position
         self._assembly.open(fresh)
 
     # --- checkpoints ---
@@ -177,17 +184,18 @@ class PacedCollector:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: the place in the data, and every group begun and not yet trained on, with what there is of it."""
         with self.resting(), self._assembly.still():
-            groups = [saved(group) for group in [*self._taken, *self._outstanding]]
-        return {"position": self._source.position, "begun": self._begun, "groups": groups}
+            groups = [saved(group) for group in self._under_way]
+        return {"position": self._position, "begun": self._begun, "groups": groups}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; before the first ``take``."""
-        self._source.position, self._begun = state["position"], state["begun"]
+        self._source.position = self._position = state["position"]
+        self._begun = state["begun"]
         by_id = {problem.id: problem for problem in self._source.problems}
         groups = []
         for plain in state["groups"]:
             group = self._groups.begin(by_id[plain["problem"]], plain["step"])
             put_back(group, plain)
             groups.append(group)
-        self._outstanding += groups
+        self._under_way += groups
         self._restored = groups
