@@ -378,8 +378,14 @@ class GroupMakers:
             weights=self.checked.reward_weights,
             seed=seed,
             score_when=whole if any(part.style.whole_batch for part in self.checked.rewards) else ScoreWhen.each,
-            lockstep=self.checked.config.rollout.schedule is ScheduleName.fixed,
+            lockstep=_in_lockstep(self.checked.config),
         )
+
+
+def _in_lockstep(config: Config) -> bool:
+    """Whether turns are sampled only when no other is under way. An engine in this process has nothing to lose by it, and stays exact."""
+    rollout = config.rollout
+    return rollout.schedule is ScheduleName.fixed or (rollout.engine is not EngineName.vllm and not rollout.max_staleness)
 
 
 def make_collector(

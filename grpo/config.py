@@ -278,7 +278,8 @@ def validate(config: Config) -> None:
             value: Any = config
             for part in key.split("."):
                 value = getattr(value, part)
-            raise ConfigError(key, f"is {value!r}, but {problem}", remedy)
+            shown = str(value) if isinstance(value, StrEnum) else repr(value)
+            raise ConfigError(key, f"is {shown}, but {problem}", remedy)
 
     c = config
     for key in ("optim.lr", "optim.weight_decay", "optim.max_grad_norm", "rollout.temperature", "eval.temperature", "algo.entropy_coef"):

@@ -21,17 +21,17 @@ from typing import Any
 
 from grpo.config import ConfigError
 from grpo.data import Row
-from grpo.imports import resolve
+from grpo.imports import FunctionRef, resolve
 from grpo.rewards.code.cases import COLUMN, TestsError, parse_tests
+
+Component = Mapping[str, Any] | FunctionRef  # ``{fn: …, …}``
 
 
 class RowError(ValueError):
     """A row that is not what its adapter expects, or that cannot be used. Says what is wrong with it."""
 
 
-def code_problems(
-    split: str, *, rows: Mapping[str, Any], adapter: Mapping[str, Any], drop_unusable: bool = False, seed: int = 0
-) -> list[Row]:
+def code_problems(split: str, *, rows: Component, adapter: Component, drop_unusable: bool = False, seed: int = 0) -> list[Row]:
     """The rows that ``rows`` gives for this split, each through ``adapter``, its tests checked.
 
     Args:
@@ -42,8 +42,9 @@ def code_problems(
     Raises:
         ConfigError: a row cannot be used.
     """
-    source = resolve(rows, "data.problems.rows", positional=1, provided=("seed",)).load()
-    adapt = resolve(adapter, "data.problems.adapter", positional=1).load()
+    source = _resolved(rows, "data.problems.rows", provided=("seed",)).load()
+    adapting = _resolved(adapter, "data.problems.adapter")
+    adapt = adapting.load()
     usable: list[Row] = []
     faults: list[str] = []
     for number, row in enumerate(source(split, seed=seed)):
@@ -55,10 +56,15 @@ def code_problems(
             faults.append(f"row {number} of the {split} split: {error}")
     if faults and not drop_unusable:
         remedy = "correct the data, or set data.problems.drop_unusable=true"
-        raise ConfigError("data.problems.adapter", f"{adapter['fn']} cannot use {len(faults)} of the rows, e.g. {faults[0]}", remedy)
+        raise ConfigError("data.problems.adapter", f"{adapting.target} cannot use {len(faults)} of the rows, e.g. {faults[0]}", remedy)
     if faults:
         warnings.warn(f"{len(faults)} of {len(faults) + len(usable)} rows were left out, e.g. {faults[0]}", stacklevel=2)
     return usable
+
+
+def _resolved(component: Component, key: str, provided: tuple[str, ...] = ()) -> FunctionRef:
+    """A recipe's nested components come resolved, those of a caller in Python as they are written."""
+    return component if isinstance(component, FunctionRef) else resolve(component, key, positional=1, provided=provided)
 
 
 # ---- HumanEval ---------------------------------------------------------------------------------------------------------

@@ -113,6 +113,8 @@ def _check_arguments(
     values = {name: value for name, value in bound.arguments.items() if name not in (*called_with, *provided)}
     try:
         check(**values)
+    except ImportError as error:  # its message says what to install
+        raise ConfigError(key, str(error)) from error
     except (ValueError, TypeError) as error:
         page = "objectives" if key.startswith("algo") else "rewards"
         raise ConfigError(key, str(error), f"correct the argument; docs/{page}.md says what each one means") from error

@@ -19,7 +19,7 @@ NEEDED = "pip install 'grpo-toolkit[reasoning-gym]'"
 def _check(part: str) -> None:
     one_of("part", part, PARTS)
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ValueError(f"this reward needs the package reasoning-gym: {NEEDED}")
+        raise ImportError(f"this reward needs the package reasoning-gym: {NEEDED}")
 
 
 @checked_by(_check)

@@ -24,7 +24,7 @@ COLUMN = "verifiers"  # of a problem: its taskset, the taskset's settings, and t
 
 def _check() -> None:
     if importlib.util.find_spec("verifiers") is None:
-        raise ValueError(f"this reward needs the package verifiers: {NEEDED}")
+        raise ImportError(f"this reward needs the package verifiers: {NEEDED}")
 
 
 @checked_by(_check)

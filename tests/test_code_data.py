@@ -13,6 +13,8 @@ from grpo.config import ConfigError
 from grpo.data import PromptFormat, check_disjoint, load_problems
 from grpo.data_code import RowError, apps, code_problems, humaneval, leetcode, mbpp, without_function
 from grpo.data_functions import FAMILIES, small_functions
+from grpo.plan import load_split, plan
+from grpo.recipe import load_recipe
 from grpo.rewards.code import CodeReward, check_tests, parse_tests
 from grpo.rewards.code.cases import AssertTests, CallCase, CallTests, StdinTests
 from grpo.rewards.sandbox import Sandbox
@@ -242,6 +244,13 @@ def test_a_source_of_problems(tmp_path: Path) -> None:
     assert [problem.id for problem in problems] == ["mbpp/9", "mbpp/10"]
     assert problems[0].prompt.endswith("== 3\n```python") and problems[0].answer.startswith("import sys")
     assert all(check_tests(problem) is None for problem in problems)
+
+
+def test_a_recipe_that_names_rows_and_adapter_gives_problems(tmp_path: Path) -> None:
+    source(tmp_path, [MBPP])
+    files = f"data.problems.rows={{fn: grpo.data.jsonl, train: {tmp_path / 'train.jsonl'}, heldout: none.jsonl}}"
+    checked = plan(load_recipe("r1_zero_code", files, "~data.problems.rows.path", "~data.problems.rows.name"))
+    assert [problem.id for problem in load_split(checked, "train")] == ["mbpp/9"]
 
 
 def test_a_row_that_cannot_be_used_is_an_error_or_is_counted(tmp_path: Path) -> None:
