@@ -582,7 +582,10 @@ def retrain(config: Config, run: RunFolder, step: int) -> tuple[dict[str, float]
     if step != 1 and step - 1 not in found:
         there = ", ".join(str(s) for s in [1, *(s + 1 for s in found if s + 1 in run.rollout_steps())])
         raise ConfigError("--step", f"step {step} starts from the checkpoint of step {step - 1}, which is not kept", f"there is: {there}")
-    groups = groups_of(run.read_rollouts(step))
+    table = run.read_rollouts(step)
+    if "dropped" in table.column_names:  # of dynamic sampling: stored, and not trained on
+        table = table.filter([not dropped for dropped in table["dropped"].to_pylist()])
+    groups = groups_of(table)
     checked = plan(config)
     folder = resolve_model(config.model.path, config.model.cache_dir, config.model.revision)
     with StopSignal() as stop, ExitStack() as stack:

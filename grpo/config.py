@@ -142,12 +142,12 @@ class RolloutConfig:
     sampling_rounds: int = doc("dynamic sampling: groups without signal are replaced by further problems in up to so many rounds; 1: off", 1)
     max_new_tokens: int = doc("token limit of a completion", 256)
     temperature: float = doc("sampling temperature of training rollouts", 1.0)
-    top_p: float = doc("nucleus sampling; 1 is off", 1.0)
-    top_k: int = doc("top-k sampling; 0 is off", 0)
+    top_p: float = doc("nucleus sampling; training takes its log-probs over what is kept; 1 is off", 1.0)
+    top_k: int = doc("top-k sampling; training takes its log-probs over what is kept; 0 is off", 0)
     min_p: float = doc("tokens below this share of the likeliest one's probability are not sampled; 0 is off", 0.0)
     stop: list[str] = doc("strings that end a completion; they stay in its text", factory=list)
-    num_engines: int = doc("engine actors; requests are spread over them", 1)
-    cpus_per_engine: int = doc("threads of one engine; 0: all cores of the machine, divided among the engines", 0)
+    num_engines: int = doc("vllm: engine actors; requests are spread over them", 1)
+    cpus_per_engine: int = doc("vllm: threads of one engine; 0: all cores of the machine, divided among the engines", 0)
     gpus_per_engine: int = doc("GPUs of one engine (tensor parallel); 0: CPU", 0)
     schedule: ScheduleName = doc("free: engines get work as they finish; fixed: equal shares, exact to the bit on equal machines", ScheduleName.free)
     max_staleness: int = doc("updates by which sampling may run ahead: 0 is strictly on-policy; ahead, weights change in flight", 0)
@@ -155,7 +155,7 @@ class RolloutConfig:
         "how weights reach vLLM engines: shared_memory (Ray's store), disk (files in the run folder), gloo, or nccl (between GPUs)",
         TransferName.shared_memory,
     )
-    hang_timeout_s: float = doc("an engine that makes no step for so long is killed and replaced", 300.0)
+    hang_timeout_s: float = doc("vllm: an engine that makes no step for so long is killed and replaced", 300.0)
     engine_args: dict[str, Any] = doc("passed to the engine as they are, e.g. any argument of vllm.LLM", factory=dict)
 
 

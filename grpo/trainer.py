@@ -136,9 +136,12 @@ class Trainer:
                     self.row = metrics | self.progress(drawn.all, time.monotonic() - begin)
                     self.logger.log(step, self.row)
                 stop.check()
-        except BaseException:
+        except BaseException as error:
             if whole and self.step and self.step not in checkpoint.steps(self.run):
-                self.save()
+                try:
+                    self.save()
+                except Exception as second:  # the first error says more
+                    error.add_note(f"and step {self.step} could not be saved: {second}")
             raise
 
     def draw(self, step: int) -> Draw:

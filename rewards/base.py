@@ -129,7 +129,8 @@ def to_score(value: Any) -> Score:
     if isinstance(value, Score):
         inner = to_score(value.value)
         outcome = value.outcome if inner.scored or value.outcome is not Outcome.ok else inner.outcome
-        return Score(value=inner.value, outcome=Outcome(outcome), detail=shorten(str(value.detail) or inner.detail), tags=value.tags)
+        tags = tuple(map(str, value.tags))  # of a user's own enum, say: plain text is what files hold
+        return Score(value=inner.value, outcome=Outcome(outcome), detail=shorten(str(value.detail) or inner.detail), tags=tags)
     if value is None:
         return Score(value=math.nan, outcome=Outcome.invalid, detail="returned None")
     number = _as_float(value)

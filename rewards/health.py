@@ -84,7 +84,9 @@ class UnscoredStop:
         total = sum(step.total for step in self._seen)
         unscored = sum(step.unscored for step in self._seen)
         if unscored > self.share * total * self.steps / len(self._seen):
-            raise RewardFailure(self._message(unscored, total, counted[-1] if counted else None))
+            message = self._message(unscored, total, counted[-1] if counted else None)
+            self._seen.pop()  # the step is not trained on; with the reward repaired, it is made and looked at again
+            raise RewardFailure(message)
 
     def state(self) -> list[dict[str, Any]]:
         """What a checkpoint keeps, so that a resumed run stops where the whole one would have. Plain data."""

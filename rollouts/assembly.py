@@ -74,7 +74,7 @@ class Assembly:
         self._runtime, self._weights = runtime, weights
         self._score_when, self._lockstep = score_when, lockstep
         self._changed = threading.Condition()  # guards all below
-        self._starting: deque[_Place] = deque()  # their environments are asked for the first prompt
+        self._starting: list[list[_Place]] = []  # opened together; their environments are asked for the first prompt
         self._ready: deque[_Place] = deque()  # a turn to be sampled
         self._running: dict[int, _Place] = {}  # with the engines, by job number
         self._answering = 0  # environments at work
@@ -96,7 +96,7 @@ class Assembly:
             self._left = True
             self._changed.notify_all()
         self._environments.shutdown(wait=False, cancel_futures=True)
-        if error is None:
+        if kind is None:
             self._scorer.join()
 
     def open(self, groups: Sequence[GroupInMaking]) -> None:
@@ -109,31 +109,38 @@ class Assembly:
         ]
         with self._changed:
             self._over += [place for place in places if place.episode.completion is not None]
-            self._starting += [place for place in places if place.episode.completion is None]
+            together = [place for place in places if place.episode.completion is None]
+            self._starting += [together] if together else []
             self._changed.notify_all()
-        for place in places:
-            if place.episode.completion is None:
-                self._environments.submit(self._start, place)
+        for place in together:
+            self._environments.submit(self._start, place)
 
     # --- between the engines and the environments ---
 
     def feed(self, idle: bool) -> Sequence[Job] | Close:
         """The turns that can be sampled now; ``Close.finish`` when there are none and will be none. See ``grpo.rollouts.base.Feed``.
 
-        What was opened together is handed out together: engines are at their best with many at once.
+        What was opened together is handed out together, in order: engines are at their best with many at once.
         """
         with self._changed:
             if idle:
-                self._changed.wait_for(lambda: not (self._starting or (self._answering and not self._ready)) or self._error, timeout=_IDLE)
+                self._changed.wait_for(self._something_to_do, timeout=_IDLE)
             self._check()
-            if self._starting or (self._lockstep and (self._running or self._answering)):
-                return ()
+            if self._lockstep:
+                if self._starting or self._running or self._answering:
+                    return ()
+                self._ready = deque(sorted(self._ready, key=lambda place: place.order))
             jobs = []
             while self._ready:
                 number, place = next(self._numbers), self._ready.popleft()
                 self._running[number] = place
                 jobs.append(place.episode.job(number))
-            return jobs if jobs or self._running or self._answering else Close.finish
+            return jobs if jobs or self._starting or self._running or self._answering else Close.finish
+
+    def _something_to_do(self) -> bool:
+        """For an idle engine: a turn to sample, the end, or an error."""
+        under_way = bool(self._starting or self._answering)
+        return self._error is not None or not under_way or (bool(self._ready) and not self._lockstep)
 
     def note(self, finished: Finished) -> None:
         """Turns that were sampled, or paused: those come again with the next ``feed``."""
@@ -155,9 +162,10 @@ class Assembly:
             return
         with self._changed:
             place.started = True
-            while self._starting and self._starting[0].started:  # in order, whichever environment was quickest
-                first = self._starting.popleft()
-                (self._ready if first.episode.completion is None else self._over).append(first)
+            for together in [some for some in self._starting if all(one.started for one in some)]:
+                self._starting.remove(together)
+                for one in together:
+                    (self._ready if one.episode.completion is None else self._over).append(one)
             self._changed.notify_all()
 
     def _advance(self, place: _Place, turn: Completion) -> None:
@@ -172,8 +180,6 @@ class Assembly:
                 self._over.append(place)
             else:
                 self._ready.append(place)
-                if self._lockstep and not self._answering and not self._running:
-                    self._ready = deque(sorted(self._ready, key=lambda place: place.order))
             self._changed.notify_all()
 
     # --- scores ---
@@ -227,7 +233,7 @@ class Assembly:
     def unfinished(self) -> int:
         """Rollouts that are not over: with an engine, waiting for one, or with their environment."""
         with self._changed:
-            return len(self._starting) + len(self._ready) + len(self._running) + self._answering
+            return sum(map(len, self._starting)) + len(self._ready) + len(self._running) + self._answering
 
     @property
     def sampling(self) -> bool:
@@ -237,11 +243,10 @@ class Assembly:
 
     @contextmanager
     def still(self) -> Iterator[None]:
-        """No rollout changes meanwhile: environments and rewards have come to rest. Engines must have been paused before."""
+        """No rollout changes meanwhile: environments and rewards have come to rest, or failed. Engines must have been paused before."""
         with self._changed:
-            while self._answering or self._scoring or self._to_score():
+            while self._error is None and (self._answering or self._scoring or self._to_score()):
                 self._changed.wait(timeout=1.0)
-                self._check()
             yield
 
     def _fail(self, error: BaseException) -> None:

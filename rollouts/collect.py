@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from grpo.config import ConfigError
 from grpo.rollouts.assembly import Assembly, GroupInMaking, Scorer, ScoreWhen
 from grpo.rollouts.base import Engine, Progress
 from grpo.rollouts.environments import Environment, SingleTurn
@@ -104,6 +105,14 @@ class Collector:
         return {"position": self._used}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ConfigError: the run has sampled ahead, and what it began would be lost.
+        """
+        if state.get("groups"):
+            begun = len(state["groups"])
+            raise ConfigError("rollout.max_staleness", f"is 0, and this run has begun {begun} groups ahead", "leave it as it was")
         self.source.position = self._used = state["position"]
 
     def close(self) -> None:

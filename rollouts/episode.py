@@ -65,7 +65,17 @@ class Episode:
         self._dialogue = dialogue
         self._max_new_tokens = max_new_tokens
         self._prompt_ids: tuple[int, ...] = ()
+        self._begun_behind: tuple[int, ...] | None = None
         self._pieces: list[_Piece] = []
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Of the first turn; empty before ``start``."""
+        return self._prompt_ids
+
+    def go_on_behind(self, prompt_ids: Sequence[int], begun: Begun) -> None:
+        """Before ``start``: the first turn has these tokens already, if its prompt is that one."""
+        self._begun_behind, self.begun = tuple(prompt_ids), begun
 
     @property
     def num_turns(self) -> int:
@@ -82,6 +92,8 @@ class Episode:
             self._end(FinishReason.stop, {FAILURE: failure.score})
         else:
             self._prompt_ids = self._dialogue.opening(messages)
+            if self._begun_behind not in (None, self._prompt_ids):  # the environment asks something else this time
+                self.begun = Begun()
 
     def job(self, number: int) -> Job:
         """The turn to be sampled next, or to go on with."""

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
+from grpo.config import ConfigError
 from grpo.rollouts.assembly import GroupInMaking
 from grpo.rollouts.base import Close, Job, Progress
 from grpo.rollouts.collect import Groups, Source
@@ -41,6 +42,9 @@ class PacedCollector:
     ) -> None:
         if max_staleness < 1:
             raise ValueError(f"max_staleness is {max_staleness}; sampling ahead begins at 1, and 0 is what Collector does")
+        if batch > len(source.problems):
+            there = len(source.problems)
+            raise ConfigError("rollout.problems_per_step", f"is {batch}, but the training split has only {there} problems", "lower it")
         self._groups, self._source, self._progress = groups, source, progress
         self._ahead = batch * max_staleness
         self._batch = batch
@@ -57,7 +61,8 @@ class PacedCollector:
         self._closed = False
         self._error: BaseException | None = None
         self._idle = 0.0  # seconds in which engines had nothing to sample, since the last update
-        self._idle_share = 0.0  # of the update before
+        self._idle_share = 0.0  # of the step before
+        self._idle_from: float | None = None  # when an idle engine asked last, and got nothing
         self._since = time.monotonic()
         self._server = threading.Thread(target=self._serve, name="rollouts", daemon=True)
         self._server.start()
@@ -99,12 +104,17 @@ class PacedCollector:
     @contextmanager
     def resting(self) -> Iterator[None]:
         """The engines are free for other work, such as taking new weights: what they were sampling is paused, and goes on after it."""
+        with self._paused():
+            self._check()
+            yield
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
         with self._state:
             self._pause = True
             self._state.notify_all()
             while not self._parked:
                 self._state.wait(timeout=0.2)
-                self._check()
         try:
             yield
         finally:
@@ -153,11 +163,12 @@ class PacedCollector:
             return Close.pause
         start = time.monotonic()
         jobs = self._assembly.feed(idle)
-        if idle:
-            with self._state:
+        with self._state:
+            if idle:
                 if isinstance(jobs, Close):  # all that may be begun is sampled
                     self._state.wait_for(lambda: self._pause, timeout=_IDLE)
-                self._idle += time.monotonic() - start
+                self._idle += time.monotonic() - (self._idle_from or start)
+            self._idle_from = time.monotonic() if idle and not (jobs and not isinstance(jobs, Close)) else None
         return () if isinstance(jobs, Close) else jobs
 
     def _check(self) -> None:
@@ -183,17 +194,17 @@ class PacedCollector:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: the place in the data, and every group begun and not yet trained on, with what there is of it."""
-        with self.resting(), self._assembly.still():
+        with self._paused(), self._assembly.still():  # also when something has failed: what there is can be saved
             groups = [saved(group) for group in self._under_way]
         return {"position": self._position, "begun": self._begun, "groups": groups}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; before the first ``take``."""
         self._source.position = self._position = state["position"]
-        self._begun = state["begun"]
+        self._begun = state.get("begun", 0)  # a run that has sampled on-policy until now has nothing under way
         by_id = {problem.id: problem for problem in self._source.problems}
         groups = []
-        for plain in state["groups"]:
+        for plain in state.get("groups", ()):
             group = self._groups.begin(by_id[plain["problem"]], plain["step"])
             put_back(group, plain)
             groups.append(group)

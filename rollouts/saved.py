@@ -9,13 +9,15 @@ from typing import Any
 
 from grpo.rollouts.assembly import GroupInMaking
 from grpo.rollouts.base import Begun
+from grpo.rollouts.episode import FAILURE
 from grpo.types import Completion, FinishReason, Outcome, Rollout, Score
 
 
 def saved(group: GroupInMaking) -> dict[str, Any]:
-    """What there is of a group. A conversation under way is left out: it begins anew, for an environment cannot be saved."""
-    episodes = {episode.index: episode for episode in group.episodes}
-    open_ones = [episode for index, episode in episodes.items() if index not in group.rollouts]
+    """What there is of a group. A conversation under way is left out: it begins anew, for an environment cannot be saved. What the rewards
+    failed to score is scored again: they may have been repaired."""
+    scored = {index: rollout for index, rollout in group.rollouts.items() if not _failed_to_score(rollout)}
+    open_ones = [episode for episode in group.episodes if episode.index not in scored]
     return {
         "problem": group.problem.id,
         "step": group.step,
@@ -25,14 +27,18 @@ def saved(group: GroupInMaking) -> dict[str, Any]:
                 "scores": {name: _plain(score) for name, score in rollout.scores.items()},
                 "reward": rollout.reward,
             }
-            for index, rollout in group.rollouts.items()
+            for index, rollout in scored.items()
         },
         "over": {
             episode.index: {"completion": _plain(episode.completion), "scores": {n: _plain(s) for n, s in episode.scores.items()}}
             for episode in open_ones
             if episode.completion is not None
         },
-        "begun": {episode.index: _plain(episode.begun) for episode in open_ones if episode.completion is None and not episode.num_turns},
+        "begun": {
+            episode.index: {"prompt_ids": episode.prompt_ids, **_plain(episode.begun)}
+            for episode in open_ones
+            if episode.completion is None and episode.begun.token_ids and not episode.num_turns
+        },
     }
 
 
@@ -46,7 +52,14 @@ def put_back(group: GroupInMaking, plain: Mapping[str, Any]) -> None:
             over = plain["over"][episode.index]
             episode.completion, episode.scores = _completion(over["completion"]), _scores(over["scores"])
         elif episode.index in plain["begun"]:
-            episode.begun = Begun(**plain["begun"][episode.index])
+            prompt_ids, begun = plain["begun"][episode.index]["prompt_ids"], dict(plain["begun"][episode.index])
+            del begun["prompt_ids"]
+            episode.go_on_behind(prompt_ids, Begun(**begun))
+
+
+def _failed_to_score(rollout: Rollout) -> bool:
+    """The grader's failure, not the environment's: that cannot be made up for."""
+    return not rollout.scored and FAILURE not in rollout.scores
 
 
 def _plain(value: Any) -> dict[str, Any]:

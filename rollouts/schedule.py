@@ -125,7 +125,7 @@ def shards(jobs: Sequence[Job], num_shards: int) -> list[list[Job]]:
     result: list[list[Job]] = [[] for _ in range(num_shards)]
     begins = 0  # place of the request's first job
     for place, job in enumerate(jobs):
-        if job.index == 0:
+        if place == 0 or job.request.problem_id != jobs[place - 1].request.problem_id:
             begins = place
         result[begins * num_shards // len(jobs)].append(job)
     return [shard for shard in result if shard]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ class RemoteRuntimes:
         self._limits = limits
         self._actors: dict[str, ActorHandle[Any]] = {}  # by node
         self._closed = False
+        self._lock = threading.Lock()
         try:
             self._start_missing()
             ray.get([actor.ready.remote() for actor in self._actors.values()])  # what its limits raise is raised here
@@ -100,6 +102,12 @@ class RemoteRuntimes:
             raise RuntimeError("these reward runtimes are closed")
         if len(completions) != len(problems):
             raise ValueError(f"{len(completions)} completions but {len(problems)} problems; give one problem for each completion")
+        with self._lock:  # calls at the same time take turns
+            return self._judge(completions, problems, progress)
+
+    def _judge(
+        self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None
+    ) -> list[dict[str, Judgement]]:
         self._start_missing()
         waiting = deque(self._chunks(len(completions)))
         busy: dict[ObjectRef[Any], tuple[str, _Chunk]] = {}

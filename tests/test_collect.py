@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import threading
 import time
@@ -13,12 +14,13 @@ from typing import Any
 
 import pytest
 
+from grpo.config import ConfigError
 from grpo.data import ProblemSource
 from grpo.metrics import staleness_metrics
 from grpo.rollouts.assembly import ScoreWhen
 from grpo.rollouts.base import Begun, Close, Feed, Finished, Job, ServedEngine, SyncReport, Weights
 from grpo.rollouts.collect import Collector, Groups, collect, request_seed
-from grpo.rollouts.environments import Environment, Message, SingleTurn
+from grpo.rollouts.environments import Done, Environment, Message, SingleTurn
 from grpo.rollouts.paced import PacedCollector
 from grpo.types import Completion, FinishReason, Group, Problem, Sampling, Score
 
@@ -369,3 +371,88 @@ def test_metrics_say_how_busy_the_engines_were() -> None:
         found: Mapping[str, float] = collector.metrics()
     assert 0 < found["async/engine_idle_share"] <= 1, "what may be begun was sampled, and then the engine waited"
     assert found["async/groups_ahead"] == 4 and found["async/rollouts_waiting"] == 4 * SAMPLES
+
+
+# ---------------------------------------------------------------- when something fails
+
+
+def test_a_reward_that_breaks_ends_the_run_and_loses_nothing_that_was_sampled() -> None:
+    class Breaks(Lengths):
+        def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
+            if len(self.calls) == 2:
+                raise RuntimeError("reward workers do not start")
+            return super().score(completions, problems)
+
+    engine = TokenEngine(step_s=0.001)
+    with closing(paced(engine, Breaks(), 1)) as collector:
+        with pytest.raises(RuntimeError, match="reward workers do not start"):
+            collector.collect(collector.take(4), 1)
+        state = collector.state()
+    assert len(state["groups"]) == 8 and any(group["rollouts"] or group["over"] or group["begun"] for group in state["groups"])
+    with closing(paced(TokenEngine(), Lengths(), 1)) as again:
+        again.load_state(state)
+        check_whole(again.collect(again.take(4), 1), ProblemSource(problems(60), 0).take(4))
+
+
+def test_what_could_not_be_scored_is_scored_again_after_a_resume() -> None:
+    class Blind(Lengths):
+        def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
+            return [{"length": Score(value=math.nan)} for _ in super().score(completions, problems)]
+
+    with closing(paced(TokenEngine(), Blind(), 1)) as collector:
+        found = collector.collect(collector.take(4), 1)
+        assert not any(r.scored for g in found for r in g.rollouts)
+        state = collector.state()
+    with closing(paced(TokenEngine(), Lengths(), 1)) as again:
+        again.load_state(state)
+        check_whole(again.collect(again.take(4), 1), [group.problem for group in found])
+
+
+def test_a_run_that_sampled_ahead_does_not_go_on_without() -> None:
+    with closing(paced(TokenEngine(), Lengths(), 1)) as collector:
+        collector.collect(collector.take(4), 1)
+        state = collector.state()
+    strict = Collector(groups=groups_of(TokenEngine(), Lengths()), source=ProblemSource(problems(60), 0))
+    with pytest.raises(ConfigError, match=r"rollout\.max_staleness: is 0, and this run has begun 8 groups ahead"):
+        strict.load_state(state)
+    state = strict.state()
+    with closing(paced(TokenEngine(), Lengths(), 1)) as ahead:  # the other way round there is nothing to lose
+        ahead.load_state(state)
+        assert len(ahead.collect(ahead.take(4), 1)) == 4
+
+
+def test_in_lockstep_turns_are_sampled_in_order_whoever_answers_first() -> None:
+    class Slow:
+        """Two turns; the later the problem, the quicker the answer. The last to answer ends its rollout."""
+
+        def start(self, problem: Problem) -> Sequence[Message]:
+            self.number, self.turns = int(problem.id[1:]), 0
+            return (Message("text", "?"),)
+
+        def step(self, completion: Completion) -> Sequence[Message] | Done:
+            self.turns += 1
+            time.sleep(0.05 * (3 - self.number))
+            return Done() if self.turns == 2 or self.number == 0 else (Message("text", "and?"),)
+
+    class Asks(Letters):
+        def reply(self, messages: Sequence[Message], turn: Completion) -> tuple[int, ...]:
+            return (1,)
+
+    class Notes(TokenEngine):
+        def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+            def noted(idle: bool) -> Sequence[Job] | Close:
+                jobs = feed(idle)
+                if not isinstance(jobs, Close) and jobs:
+                    deals.append([(job.request.problem_id, job.index) for job in jobs])
+                return jobs
+
+            return super().serve(noted, sampling)
+
+    deals: list[list[tuple[str, int]]] = []
+    groups = groups_of(Notes(), Lengths(), environment=Slow, lockstep=True, sampling=Sampling(max_new_tokens=400))
+    groups.dialogue = Asks()
+    collect(groups, problems(3), 1)
+    assert deals == [
+        [(f"p{i}", index) for i in range(3) for index in range(SAMPLES)],
+        [(f"p{i}", index) for i in (1, 2) for index in range(SAMPLES)],
+    ]

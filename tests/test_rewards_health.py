@@ -110,6 +110,20 @@ def test_a_resumed_run_stops_where_the_whole_one_does(unscored: list[int], cut: 
     assert cut + steps_survived(second, *unscored[cut:]) == whole
 
 
+def test_a_run_that_was_stopped_goes_on_when_the_reward_is_repaired() -> None:
+    """The step that stopped it is made again: it must not be counted twice, and its first failure not at all."""
+    stop = UnscoredStop(weights={"main": 1.0})
+    good, bad = group(*[Score(value=1.0)] * 5), group(*[Score(value=math.nan, outcome=Outcome.error)] * 5)
+    stop.check([good])
+    before = stop.state()
+    with pytest.raises(RewardFailure):
+        stop.check([bad] * 4)
+    resumed = UnscoredStop(weights={"main": 1.0})
+    resumed.load_state(stop.state())
+    assert resumed.state() == before
+    resumed.check([good] * 4)
+
+
 def test_failures_for_the_console() -> None:
     found = failures([group(BROKEN, RIGHT, LATE), group(BROKEN, TOO_LARGE, {"watched": LATE})])
     assert [str(failure) for failure in found] == [
