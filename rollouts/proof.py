@@ -37,7 +37,7 @@ Digests = Mapping[str, str]
 Score = Callable[[Mapping[str, "Tensor"], Sequence[Completion]], Sequence[Sequence[float]]]
 """The trainer's log-probs of the completions' tokens under given weights, at the temperature they were sampled with."""
 
-_CHANGE = 2.0  # of a tensor's root mean square: one stale tensor of SmolLM2 is then off by 0.8 a token or more, and noise is 0.05
+_CHANGE = 2.0  # of a tensor's root mean square: alone, a stale tensor of SmolLM2 is then off by 0.8 a token or more, and noise is 0.05
 _LEAST_SIZE = 0.02  # for tensors that are all zero, such as fresh biases
 _TOGETHER = 5  # tensors changed in one load of the self-test: of SmolLM2's 11 kinds, 3 loads
 _SEEN = 5.0  # a change is seen if it moves the log-probs this many times as much as the numerical noise
@@ -310,7 +310,7 @@ def one_of_each_kind(names: Iterable[str]) -> list[str]:
 
 
 def few_at_a_time(names: Sequence[str]) -> list[list[str]]:
-    """Tensors of layers in threes; those at the ends of the model, which move the log-probs far more, by themselves."""
+    """Tensors of layers, five at a time; those at the ends of the model, which move the log-probs far more, by themselves."""
     of_layers = [name for name in names if re.search(r"\d", name)]
     at_the_ends = [name for name in names if name not in of_layers]
     together = [of_layers[start : start + _TOGETHER] for start in range(0, len(of_layers), _TOGETHER)]
