@@ -205,7 +205,7 @@ class Trainer:
             self.sync()
             with self.timed("eval"), self.collector.resting():
                 groups = self.evaluator(self.step)
-        metrics = eval_metrics(groups, self.settings.eval_metric) | {"policy/version": float(self.synced_version)}
+        metrics = eval_metrics(groups, self.settings.eval_metric) | self.synced | {"policy/version": float(self.synced_version)}
         self.run.write_rollouts(self.step, groups, folder="eval")
         if metrics["eval/pass@1"] > self.best:
             checkpoint.save_model(self.learner.policy, self.run.best_checkpoint)
