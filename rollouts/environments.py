@@ -36,7 +36,7 @@ class Environment(Protocol):
 
     It may also carry, as attributes:
 
-    ``timeout_s``  seconds that one call of it may take (default ``grpo.rollouts.episode.TIMEOUT_S``).
+    ``timeout_s``  seconds that one call of it may take (default ``grpo.rollouts.episode.TIMEOUT_S``); None: it answers at once.
     ``max_turns``  turns of the policy, after which the rollout counts as cut off (default ``grpo.rollouts.episode.MAX_TURNS``).
     ``stop``       strings that ``rollout.stop`` must hold, so that the policy stops where it wants an answer.
     ``cut_off()``  called, and returning ``Done``, when a limit ends the rollout before the environment did.
@@ -54,6 +54,8 @@ class Environment(Protocol):
 
 class SingleTurn:
     """One prompt, one completion; the reward parts judge it."""
+
+    timeout_s = None
 
     def start(self, problem: Problem) -> Sequence[Message]:
         return (Message("text", problem.prompt),)

@@ -85,7 +85,7 @@ class Episode:
     def start(self) -> None:
         """Ask the environment for the first prompt. Then there is a turn to be sampled, unless it failed and ``completion`` is there."""
         try:
-            self._environment = _in_time(TIMEOUT_S, self._make_environment)
+            self._environment = _in_time(_timeout_of(self._make_environment), self._make_environment)
             messages = self._ask(lambda environment: _messages(environment.start(self.problem)))
         except _Failed as failure:
             self._prompt_ids = self._dialogue.opening((Message("text", self.problem.prompt),))
@@ -139,8 +139,7 @@ class Episode:
         return self._max_new_tokens - sum(len(piece.token_ids) for piece in self._pieces)
 
     def _ask(self, call: Callable[[Environment], _Answer]) -> _Answer:
-        timeout = float(getattr(self._environment, "timeout_s", TIMEOUT_S))
-        return _in_time(timeout, lambda: call(self._environment))
+        return _in_time(_timeout_of(self._environment), lambda: call(self._environment))
 
     def _end(self, reason: FinishReason, scores: Mapping[str, Score]) -> bool:
         self.scores = dict(scores)
@@ -248,7 +247,7 @@ class _Failed(Exception):
         self.score = score
 
 
-def _in_time(seconds: float, call: Callable[[], _Answer]) -> _Answer:
+def _in_time(seconds: float | None, call: Callable[[], _Answer]) -> _Answer:
     """``call()``, given up after ``seconds``: a thread cannot be killed, so that one goes on, at its own expense and the machine's.
 
     Raises:
@@ -263,9 +262,12 @@ def _in_time(seconds: float, call: Callable[[], _Answer]) -> _Answer:
         except BaseException as error:  # SystemExit too: it is the user's code, in a thread that nobody else waits for
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="environment call", daemon=True)
-    thread.start()
-    thread.join(seconds)
+    if seconds is None:
+        run()
+    else:
+        thread = threading.Thread(target=run, name="environment call", daemon=True)
+        thread.start()
+        thread.join(seconds)
     if errors:
         detail = describe(errors[0].with_traceback(_from_the_users_line(errors[0])))
         raise _Failed(Score(value=math.nan, outcome=Outcome.error, detail=detail)) from errors[0]
@@ -273,6 +275,12 @@ def _in_time(seconds: float, call: Callable[[], _Answer]) -> _Answer:
         detail = f"the environment did not answer in {seconds:g} s (its timeout_s)"
         raise _Failed(Score(value=math.nan, outcome=Outcome.timeout, detail=detail))
     return answers[0]
+
+
+def _timeout_of(environment: Any) -> float | None:
+    """Seconds; None for one that answers at once, which needs no thread to be watched from."""
+    timeout = getattr(environment, "timeout_s", TIMEOUT_S)
+    return None if timeout is None else float(timeout)
 
 
 def _from_the_users_line(error: BaseException) -> Any:
