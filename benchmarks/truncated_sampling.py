@@ -20,11 +20,11 @@ from transformers import AutoTokenizer
 
 from grpo.aggregation import token_mean
 from grpo.batch import Batch, collate
-from grpo.build import load_model, train_sampling
 from grpo.kept import unpack
 from grpo.losses import Loss
 from grpo.models import resolve_model
 from grpo.objectives import clipped_surrogate
+from grpo.parts import load_model, train_sampling
 from grpo.plan import load_both_splits, plan
 from grpo.policy import HFPolicy, OptimSettings
 from grpo.recipe import load_recipe

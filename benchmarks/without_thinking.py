@@ -12,7 +12,7 @@ import re
 from contextlib import ExitStack
 from pathlib import Path
 
-from grpo import build, checkpoint
+from grpo import checkpoint, parts
 from grpo.interrupt import StopSignal
 from grpo.plan import load_split, plan
 from grpo.recipe import load_run
@@ -34,20 +34,20 @@ def main() -> None:
     config = load_run(options.run)
     problems = load_split(plan(config), "heldout")[: config.eval.problems]
     with StopSignal() as stop, ExitStack() as stack:
-        tokenizer = build.make_tokenizer(folder, config)
-        engine = build.make_engine(config, folder, tokenizer, build.machine(config), stack, stop)
+        tokenizer = parts.make_tokenizer(folder, config)
+        engine = parts.make_engine(config, folder, tokenizer, parts.machine(config), stack, stop)
         for name, ending in (("thinking", ""), ("without thinking", SKIPPED)):
             requests = [
                 Request(
                     problem_id=p.id,
                     prompt_ids=tuple(tokenizer(p.prompt + ending).input_ids),
                     num_completions=options.samples,
-                    seed=request_seed(build.EVAL_SEED, 0, p.id),
+                    seed=request_seed(parts.EVAL_SEED, 0, p.id),
                 )
                 for p in problems
             ]
             gold = {p.id: p.answer for p in problems}
-            completions = engine.generate(requests, build.eval_sampling(config))
+            completions = engine.generate(requests, parts.eval_sampling(config))
             answers = [(gold[c.problem_id], re.search(r"<answer>(.*?)</answer>", ending + c.text, re.DOTALL)) for c in completions]
             right = sum(found is not None and math_equal(answer, found[1].strip()) for answer, found in answers)
             print(f"{name}: {right / len(answers):.3f} of {len(answers)} completions are right; e.g. {(ending + completions[0].text)!r}")

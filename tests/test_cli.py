@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo.build import plan
 from grpo.cli import main
 from grpo.config import Config, keys
+from grpo.plan import plan
 from grpo.recipe import built_in, compose_recipe, groups, load_recipe, locate
 
 # The real command, but its last line of output says whether torch was loaded on the way.

@@ -500,9 +500,9 @@ def test_without_noise_two_passes_in_training_mode_are_equal() -> None:
 
 
 def test_the_composition_root_falls_back_too(tmp_path: Path) -> None:
-    from grpo.build import Machine, make_policy
     from grpo.config import Config
     from grpo.interrupt import StopSignal
+    from grpo.parts import Machine, make_policy
 
     shape = {"sliding_window": 4}
     toy("Mistral", **shape).save_pretrained(tmp_path)
