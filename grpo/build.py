@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -50,9 +50,6 @@ from grpo.rollouts.collect import collect
 from grpo.run import RunFolder, environment
 from grpo.trainer import Settings, Trainer
 from grpo.types import Group, Problem
-
-if TYPE_CHECKING:
-    pass
 
 
 def plain(config: Config) -> dict[str, Any]:
