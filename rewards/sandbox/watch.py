@@ -73,7 +73,7 @@ class Watch:
         self._looks = looks
 
     def until_end(self, pid: int, job: Job) -> Stopped:
-        """Wait until the process is a zombie; why it was killed, if it was.
+        """Wait until the process is a zombie; why it was killed, if it was, or that it left more files than it may.
 
         Raises:
             OwnerGone: the process was killed because of that.
@@ -96,7 +96,7 @@ class Watch:
             ready = [fd for fd, _ in poll.poll(max(wait_s, 0.001) * 1000)]
             wall_s += min(time.monotonic() - before, wait_s + _PAUSE_S)
             if process in ready:
-                return Stopped.no
+                return Stopped.files if self._looks and self._scratch.over(job.files, pid) else Stopped.no
             cpu_s = time.clock_gettime(~pid << 3 | 2)  # its clock: see clock_getcpuclockid(3)
             if wall_s - queued_s >= job.wall_s:
                 queued_s = self._queues.waited_s(process)

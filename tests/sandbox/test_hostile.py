@@ -57,7 +57,7 @@ def test_positive_control(scene: Any, hostile: Any) -> None:
             source = scene.source(hostile)
             if kinds[0] == "forged":
                 source += f"\nEXPECTED = {scene.answer!r}\nif __name__ == '__main__':\n    assert solve(7) == EXPECTED\n"
-            found = _run_plainly(source, folder, environment, scene)
+            found = _run_plainly(source, folder, environment, scene, patience_s=6 if "late" in kinds else 60)
         subprocess.run(["rm", "-rf", folder], check=True)  # however deep it is
     if kinds[0] != "forged" and "not permitted" in found.error and expected not in found.kinds:
         pytest.skip("this machine does not let anybody do that")
@@ -70,7 +70,7 @@ class Found:
         self.error = error
 
 
-def _run_plainly(source: str, folder: str, environment: dict[str, str], scene: Any) -> Found:
+def _run_plainly(source: str, folder: str, environment: dict[str, str], scene: Any, patience_s: float) -> Found:
     path = os.path.join(os.path.dirname(folder), "program.py")
     with open(path, "w") as file:
         file.write(source)
@@ -80,7 +80,7 @@ def _run_plainly(source: str, folder: str, environment: dict[str, str], scene: A
         )
         kinds = set()
         try:
-            process.communicate(b"7\n", timeout=6)
+            process.communicate(b"7\n", timeout=patience_s)
         except subprocess.TimeoutExpired:
             kinds.add("late")
         finally:
