@@ -1,4 +1,4 @@
-"""What sampling ahead of the updates gives: time and idleness by pacing alone, and what it does to learning.
+"""What sampling ahead of training gives: time and idleness by pacing alone, and what it does to learning.
 
     python benchmarks/async.py pacing [--updates 40]
     python benchmarks/async.py learning [--recipe r1_zero_arithmetic] [--staleness 0 1 2 4] [--runs runs] [OVERRIDE …]
@@ -18,115 +18,57 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from grpo.data import ProblemSource
 from grpo.metrics import staleness_metrics
-from grpo.rollouts.base import Begun, Close, Feed, Finished, Job, ServedEngine, SyncReport, Weights
+from grpo.rollouts.base import Progress
 from grpo.rollouts.collect import Collector, Groups
-from grpo.rollouts.environments import Message
+from grpo.rollouts.dialogue import PlainText
 from grpo.rollouts.paced import PacedCollector
+from grpo.rollouts.scripted import ScriptedEngine
 from grpo.run import RunFolder
-from grpo.types import Completion, FinishReason, Problem, Sampling, Score
+from grpo.toy import Characters
+from grpo.types import Completion, Problem, Sampling, Score
 
 BATCH, SAMPLES, WIDTH, LONGEST = 16, 8, 64, 1000
 MEDIAN, SIGMA, STEP_S, UPDATE_S = 60, 0.9, 0.01, 1.5
-
-
-class Clockwork(ServedEngine):
-    """A token every ``STEP_S`` for each of ``WIDTH`` sequences."""
-
-    def __init__(self) -> None:
-        self.version = 0
-
-    def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
-        waiting: list[Job] = []
-        running: dict[int, tuple[Job, list[int]]] = {}  # number → versions of its tokens so far
-        while True:
-            jobs = feed(not running and not waiting)
-            if jobs is Close.pause:
-                yield [(n, _begun(versions)) for n, (_, versions) in running.items()] + [(job.number, job.begun) for job in waiting]
-                return
-            if isinstance(jobs, Close):
-                if not running and not waiting:
-                    return
-            else:
-                waiting += jobs
-            while waiting and len(running) < WIDTH:
-                job = waiting.pop(0)
-                running[job.number] = (job, list(job.begun.policy_versions))
-            if running:
-                time.sleep(STEP_S)
-            finished: Finished = []
-            for number, (job, versions) in list(running.items()):
-                versions.append(self.version)
-                if len(versions) >= length(job.request.problem_id, job.index):
-                    del running[number]
-                    finished.append((number, _completion(job, versions)))
-            yield finished
-
-    def load_weights(self, weights: Weights, version: int) -> SyncReport:
-        self.version = version
-        return SyncReport(version=version, digests={}, num_bytes=0, seconds=0.0, read_back=0)
-
-    def close(self) -> None: ...
 
 
 def length(problem: str, index: int) -> int:
     return min(max(int(random.Random(f"{problem}/{index}").lognormvariate(0, SIGMA) * MEDIAN), 1), LONGEST)
 
 
-def _begun(versions: Sequence[int]) -> Begun:
-    return Begun(token_ids=(0,) * len(versions), logprobs=(0.0,) * len(versions), policy_versions=tuple(versions))
+class NoJudgement:
+    """Rewards that cost nothing."""
 
-
-def _completion(job: Job, versions: Sequence[int]) -> Completion:
-    begun = _begun(versions)
-    return Completion(
-        problem_id=job.request.problem_id,
-        index=job.index,
-        prompt_ids=job.request.prompt_ids,
-        token_ids=begun.token_ids,
-        text="",
-        logprobs=begun.logprobs,
-        policy_versions=begun.policy_versions,
-        finish_reason=FinishReason.stop,
-    )
-
-
-class Nothing:
-    """Prompts without content and rewards without judgement: they cost nothing here."""
-
-    def opening(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        return (0,)
-
-    def reply(self, messages: Sequence[Message], turn: Completion) -> tuple[int, ...]:
-        raise AssertionError("there is one turn")
-
-    def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
+    def score(
+        self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
+    ) -> list[dict[str, Score]]:
         return [{"reward": Score(value=0.0)}] * len(completions)
 
 
 def pacing(updates: int) -> None:
-    problems = [Problem(id=f"p{i}", prompt="", answer="") for i in range(BATCH * (updates + 8))]
+    problems = [Problem(id=f"p{i}", prompt=f"p{i}", answer="") for i in range(BATCH * (updates + 8))]
     drawn = sorted(length(p.id, i) for p in problems for i in range(SAMPLES))
     print(f"lengths: median {drawn[len(drawn) // 2]}, mean {sum(drawn) / len(drawn):.0f}, longest {drawn[-1]}")
     busy = BATCH * SAMPLES * sum(drawn) / len(drawn) / WIDTH * STEP_S
     print(f"a batch at full width takes the engine {busy:.2f} s, an update {UPDATE_S:.2f} s: no pacing can be quicker than the longer\n")
-    print("| max_staleness | s an update | trainer idle | engine idle | staleness, mean | max |\n|---|---|---|---|---|---|")
+    print("| max_staleness | s a step | trainer idle | engine idle | staleness, mean | max |\n|---|---|---|---|---|---|")
     for k in (0, 1, 2, 4):
         print("| " + " | ".join(measure(k, updates, problems)) + " |", flush=True)
 
 
 def measure(k: int, updates: int, problems: Sequence[Problem]) -> list[str]:
-    engine, nothing = Clockwork(), Nothing()
+    tokenizer = Characters()
+    engine = ScriptedEngine(tokenizer, lambda prompt, index, seed: "x" * length(prompt, index), slots=WIDTH, step_s=STEP_S)
     groups = Groups(
         engine=engine,
-        runtime=nothing,
-        dialogue=nothing,
+        runtime=NoJudgement(),
+        dialogue=PlainText(tokenizer),
         sampling=Sampling(max_new_tokens=LONGEST),
         completions_per_problem=SAMPLES,
         weights={"reward": 1.0},

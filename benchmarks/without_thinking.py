@@ -14,6 +14,7 @@ from pathlib import Path
 
 from grpo import checkpoint, parts
 from grpo.interrupt import StopSignal
+from grpo.machine import machine, without_trainer
 from grpo.plan import load_split, plan
 from grpo.recipe import load_run
 from grpo.rewards.math import math_equal
@@ -31,11 +32,11 @@ def main() -> None:
     options = parser.parse_args()
     run = RunFolder.open(options.run)
     folder = str(run.checkpoint(checkpoint.steps(run)[-1]))
-    config = load_run(options.run)
+    config = without_trainer(load_run(options.run))
     problems = load_split(plan(config), "heldout")[: config.eval.problems]
     with StopSignal() as stop, ExitStack() as stack:
         tokenizer = parts.make_tokenizer(folder, config)
-        engine = parts.make_engine(config, folder, tokenizer, parts.machine(config), stack, stop)
+        engine = parts.make_engine(config, folder, tokenizer, machine(config), stack, stop)
         for name, ending in (("thinking", ""), ("without thinking", SKIPPED)):
             requests = [
                 Request(

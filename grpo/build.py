@@ -23,18 +23,19 @@ from grpo.config import Config, ConfigError
 from grpo.data import ProblemSource
 from grpo.interrupt import StopSignal
 from grpo.loggers import Logger
+from grpo.machine import machine, without_trainer
 from grpo.metrics import eval_metrics, headline
 from grpo.models import resolve_model
 from grpo.parts import (
     GroupMakers,
     chat_format,
     conditions_of,
-    machine,
     make_collector,
     make_engine,
     make_learner,
     make_logger,
     make_policy,
+    make_ranks,
     make_runtime,
     make_tokenizer,
     make_weight_sync,
@@ -155,16 +156,17 @@ def assemble(
     config = checked.config
     where = machine(config)
     logger.phase("preparing the model")
-    folder = resolve_model(config.model.path, config.model.cache_dir, config.model.revision, notify=logger.phase)
+    folder = resolve_model(config.model.path, revision=config.model.revision, notify=logger.phase)
     tokenizer = make_tokenizer(folder, config)
     chat = chat_format(tokenizer) if config.data.chat else None
     train_problems, heldout = early or load_both_splits(checked, chat)
     logger.phase(f"starting {config.rollout.engine}")
-    engine = make_engine(config, folder, tokenizer, where, stack, stop, run.path / "weights")
+    ranks = make_ranks(config, where, stack, stop)  # before the engines, which may have to share their GPUs
+    engine = make_engine(config, folder, tokenizer, where, stack, stop, run.exchange, ranks)
     stack.enter_context(shared_by_environments(checked))
     runtime = stack.enter_context(make_runtime(checked))
     logger.phase("loading the policy")
-    policy = make_policy(config, folder, tokenizer, where, stack, stop)
+    policy = make_policy(config, folder, tokenizer, where, ranks)
     makers = GroupMakers(checked=checked, engine=engine, runtime=runtime, tokenizer=tokenizer)
     heldout = heldout[: config.eval.problems]
 
@@ -183,6 +185,7 @@ def assemble(
             steps=config.run.steps,
             problems_per_step=config.rollout.problems_per_step,
             sampling_rounds=config.rollout.sampling_rounds,
+            colocate=config.rollout.colocate,
             checkpoint_every=config.run.checkpoint_every,
             keep_checkpoints=config.run.keep_checkpoints,
             eval_every=config.eval.every,
@@ -226,9 +229,10 @@ def retrain(config: Config, run: RunFolder, step: int) -> tuple[dict[str, float]
         table = table.filter([not dropped for dropped in table["dropped"].to_pylist()])
     groups = groups_of(table)
     checked = plan(config)
-    folder = resolve_model(config.model.path, config.model.cache_dir, config.model.revision)
+    folder = resolve_model(config.model.path, revision=config.model.revision)
     with StopSignal() as stop, ExitStack() as stack:
-        policy = make_policy(config, folder, make_tokenizer(folder, config), machine(config), stack, stop)
+        where = machine(config)
+        policy = make_policy(config, folder, make_tokenizer(folder, config), where, make_ranks(config, where, stack, stop))
         learner = make_learner(checked, policy)
         if step > 1:
             state = checkpoint.load(run, step - 1)
@@ -242,6 +246,7 @@ def retrain(config: Config, run: RunFolder, step: int) -> tuple[dict[str, float]
 def evaluate(config: Config, folder: str, samples: int | None = None) -> tuple[dict[str, float], tuple[Group, ...]]:
     """Score a model folder on the recipe's held-out problems with the recipe's evaluation sampling."""
     checked = plan(config)
+    config = without_trainer(config)
     with StopSignal() as stop, ExitStack() as stack, stop.anywhere():
         where = machine(config)
         tokenizer = make_tokenizer(folder, config)

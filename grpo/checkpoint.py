@@ -22,7 +22,8 @@ import torch
 from grpo import randomness
 from grpo.config import ConfigError
 from grpo.policy import Policy
-from grpo.run import RunFolder, StorageError, storage, sync
+from grpo.run import RunFolder
+from grpo.storage import StorageError, storage, sync
 
 STATE_FILE = "trainer_state.pt"
 CHECKSUM_FILE = "checksums.json"

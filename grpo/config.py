@@ -1,4 +1,4 @@
-"""The configuration schema: every key, its default and its meaning. Stdlib only; Hydra composes it, ``validate`` checks it.
+"""The configuration schema: every key, its default and its meaning. Stdlib only; Hydra composes it, ``grpo.config_checks`` checks it.
 
 Nodes that are dicts are open, that is, they take names the schema does not know: ``reward`` and ``algo.correction`` (one entry a part),
 ``data.problems``, ``environment``, ``rollout.engine_args``, ``model.args`` and the components under ``algo``. A component is a ``fn`` – an import
@@ -8,8 +8,6 @@ model is loaded.
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any
@@ -54,6 +52,10 @@ class TransferName(StrEnum):
     disk = "disk"
     gloo = "gloo"
     nccl = "nccl"
+    cuda_ipc = "cuda_ipc"
+
+
+BETWEEN_GPUS = (TransferName.nccl, TransferName.cuda_ipc)
 
 
 class Anchor(StrEnum):
@@ -101,7 +103,7 @@ class RunConfig:
 @dataclass
 class ModelConfig:
     path: str = doc(
-        "a Hugging Face folder or hub id; `package:NAME/FILE.gguf` (converted once into the cache); "
+        "a Hugging Face folder or hub id; `package:NAME/FILE.gguf` (converted once, into $GRPO_CACHE or ~/.cache/grpo-toolkit); "
         "`make:IMPORT.PATH` (a function that builds the model in a folder)",
         "???",
     )
@@ -111,7 +113,6 @@ class ModelConfig:
         "compute precision of the trainer; weights and optimiser stay fp32; auto: bf16 where the hardware has it", Precision.auto
     )
     gradient_checkpointing: bool = doc("recompute activations in the backward pass: less memory, a third more time", False)
-    cache_dir: str = doc("where converted models are kept; empty: $GRPO_CACHE, else ~/.cache/grpo-toolkit", "")
     args: dict[str, Any] = doc("keyword arguments for AutoModelForCausalLM.from_pretrained", factory=dict)
 
 
@@ -121,7 +122,7 @@ class DataConfig:
         "fn: where rows come from, called as fn(split, seed=…, …) for 'train' and 'heldout'; the other keys are its arguments", factory=dict
     )
     template: str = doc("the prompt: the row's columns in braces, e.g. 'Question: {question}'; empty: the prompt column as it is", "")
-    prompt_key: str = doc("the column that holds the question", "question")
+    prompt_key: str = doc("without a template: the column that holds the prompt", "question")
     answer_key: str = doc("the column that holds the gold answer", "answer")
     chat: bool = doc("wrap the prompt as one user message in the model's chat template", False)
 
@@ -149,10 +150,11 @@ class RolloutConfig:
     num_engines: int = doc("vllm: engine actors; requests are spread over them", 1)
     cpus_per_engine: int = doc("vllm: threads of one engine; 0: all cores of the machine, divided among the engines", 0)
     gpus_per_engine: int = doc("GPUs of one engine (tensor parallel); 0: CPU", 0)
+    colocate: bool = doc("the engines share the trainer's GPUs: they give their memory back while the policy is updated", False)
     schedule: ScheduleName = doc("free: engines get work as they finish; fixed: equal shares, exact to the bit on equal machines", ScheduleName.free)
-    max_staleness: int = doc("updates by which sampling may run ahead: 0 is strictly on-policy; ahead, weights change in flight", 0)
+    max_staleness: int = doc("steps by which sampling may run ahead: 0 is strictly on-policy; ahead, weights change in flight", 0)
     transfer: TransferName = doc(
-        "how weights reach vLLM engines: shared_memory (Ray's store), disk (files in the run folder), gloo, or nccl (between GPUs)",
+        "how weights reach vLLM engines: shared_memory (Ray's store), disk (files in the run folder), gloo; from GPU to GPU nccl, or cuda_ipc on one machine",
         TransferName.shared_memory,
     )
     hang_timeout_s: float = doc("vllm: an engine that makes no step for so long is killed and replaced", 300.0)
@@ -266,149 +268,16 @@ def keys(node: Any = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
     return out
 
 
-def validate(config: Config) -> None:
-    """Range checks that need nothing but the numbers.
-
-    Raises:
-        ConfigError: for the first setting that cannot work.
-    """
-
-    def check(ok: bool, key: str, problem: str, remedy: str) -> None:
-        if not ok:
-            value: Any = config
-            for part in key.split("."):
-                value = getattr(value, part)
-            shown = str(value) if isinstance(value, StrEnum) else repr(value)
-            raise ConfigError(key, f"is {shown}, but {problem}", remedy)
-
-    c = config
-    for key in ("optim.lr", "optim.weight_decay", "optim.max_grad_norm", "rollout.temperature", "eval.temperature", "algo.entropy_coef"):
-        section, _, name = key.partition(".")
-        check(math.isfinite(getattr(getattr(c, section), name)), key, "it must be a finite number", "write a number such as 1.0")
-    device_ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.trainer.device) is not None
-    check(device_ok, "trainer.device", "it is not a device", "choose auto, cpu, cuda or cuda:N")
-    check(c.run.steps >= 0, "run.steps", "a number of steps is not negative", "set it to 0 or more")
-    check(c.run.checkpoint_every >= 0, "run.checkpoint_every", "it counts steps", "set it to 1 or more; 0 keeps only the last step")
-    check(c.run.keep_checkpoints >= 1, "run.keep_checkpoints", "the last one is always kept", "set it to 1 or more")
-    check(bool(c.model.path), "model.path", "a model is needed", "give a folder, a hub id, package:… or make:…")
-    check(c.scoring.workers >= 0, "scoring.workers", "it counts processes", "0 is one a core")
-    check(math.isfinite(c.scoring.cpu_s) and c.scoring.cpu_s > 0, "scoring.cpu_s", "it must be a positive number of seconds", "5 is usual")
-    check(c.scoring.memory_mb >= 1, "scoring.memory_mb", "it counts MiB", "2048 is usual")
-    check(0 <= c.scoring.unscored_share <= 1, "scoring.unscored_share", "it is a share", "set it between 0 and 1; 1 never stops")
-    for key in ("problems_per_step", "completions_per_problem", "sampling_rounds", "max_new_tokens", "num_engines"):
-        check(getattr(c.rollout, key) >= 1, f"rollout.{key}", "it must be at least 1", "raise it")
-    for section in ("rollout", "eval"):
-        node = getattr(c, section)
-        check(
-            node.temperature >= 0,
-            f"{section}.temperature",
-            "a temperature is not negative",
-            "0 is greedy, 1 is the model's own distribution",
-        )
-        check(0 < node.top_p <= 1, f"{section}.top_p", "it must be in (0, 1]", "1 is off")
-        check(0 <= node.min_p < 1, f"{section}.min_p", "it must be in [0, 1)", "0 is off")
-    check(
-        c.rollout.temperature > 0,
-        "rollout.temperature",
-        "greedy rollouts of a group are all the same: nothing to compare",
-        "set it above 0; 1 is usual",
-    )
-    check(c.rollout.top_k >= 0, "rollout.top_k", "it counts tokens", "0 is off")
-    check(c.rollout.top_k != 1, "rollout.top_k", "rollouts of a group are then all the same: nothing to compare", "set it to 2 or more; 0 is off")
-    unknown = _why_kept_sets_are_unknown(c.rollout)
-    for key, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
-        check(
-            getattr(c.rollout, key) == off or not unknown,
-            f"rollout.{key}",
-            f"training must take its log-probs over the tokens that truncation kept, and {unknown}",
-            f"set it to {off} (evaluations are free), or sample with rollout.engine=hf, or vllm on CPU",
-        )
-    check(c.rollout.max_staleness >= 0, "rollout.max_staleness", "it counts updates", "0 is strictly on-policy, 1 overlaps sampling and training")
-    check(
-        c.rollout.max_staleness == 0 or c.rollout.schedule is ScheduleName.free,
-        "rollout.max_staleness",
-        "the fixed schedule repeats to the bit, and what is sampled ahead depends on how long an update takes",
-        "set it to 0, or rollout.schedule=free",
-    )
-    transfer = c.rollout.transfer
-    check(
-        transfer is TransferName.shared_memory or c.rollout.engine is EngineName.vllm,
-        "rollout.transfer",
-        f"the {c.rollout.engine} engine is in the trainer's process, and nothing is transferred",
-        "leave it at shared_memory",
-    )
-    check(
-        transfer is not TransferName.nccl or (c.rollout.gpus_per_engine == 1 and c.trainer.ranks == 1),
-        "rollout.transfer",
-        f"it goes from one GPU to engines of one GPU each: not with trainer.ranks={c.trainer.ranks}, "
-        f"rollout.gpus_per_engine={c.rollout.gpus_per_engine}",
-        "set it to shared_memory",
-    )
-    check(c.rollout.hang_timeout_s > 0, "rollout.hang_timeout_s", "it must be a positive number of seconds", "300 is usual")
-    check(c.rollout.cpus_per_engine >= 0, "rollout.cpus_per_engine", "it counts cores", "0 divides all cores among the engines")
-    check(c.rollout.gpus_per_engine >= 0, "rollout.gpus_per_engine", "it counts GPUs", "0 is CPU")
-    check(c.optim.lr >= 0, "optim.lr", "a learning rate is not negative", "1e-6 is usual for large models, 1e-5 for small ones")
-    check(0 <= c.optim.min_lr_ratio <= 1, "optim.min_lr_ratio", "it is a share of optim.lr", "set it between 0 and 1")
-    check(c.optim.warmup_steps >= 0, "optim.warmup_steps", "it counts optimiser updates", "0 is no warm-up")
-    check(c.optim.weight_decay >= 0, "optim.weight_decay", "a decay is not negative", "0 is off")
-    check(
-        len(c.optim.betas) == 2 and all(0 <= b < 1 for b in c.optim.betas),
-        "optim.betas",
-        "AdamW takes two numbers in [0, 1)",
-        "e.g. [0.9, 0.999]",
-    )
-    check(c.optim.eps > 0, "optim.eps", "it must be positive", "1e-8 is usual")
-    check(c.optim.max_grad_norm >= 0, "optim.max_grad_norm", "a norm is not negative", "0 is off")
-    check(
-        1 <= c.optim.updates_per_step <= c.rollout.problems_per_step,
-        "optim.updates_per_step",
-        f"the {c.rollout.problems_per_step} groups of a step are divided among its updates",
-        "set it between 1 and rollout.problems_per_step",
-    )
-    check(c.algo.entropy_coef >= 0, "algo.entropy_coef", "a bonus is not negative", "0 is off")
-    check(c.algo.reference_refresh >= 0, "algo.reference_refresh", "it counts optimiser updates", "0 is never")
-    check(c.trainer.ranks >= 1, "trainer.ranks", "it counts processes", "1 trains in this process")
-    check(
-        c.trainer.ranks > 1 or not c.trainer.shard_gradients,
-        "trainer.shard_gradients",
-        "one rank has all of every gradient",
-        "set it to false, or raise trainer.ranks",
-    )
-    check(c.trainer.tokens_per_microbatch >= 1, "trainer.tokens_per_microbatch", "it counts tokens", "4096 is usual")
-    check(c.eval.every >= 0, "eval.every", "it counts steps", "0 evaluates only at the start and the end")
-    check(c.eval.problems >= 0, "eval.problems", "it counts problems", "0 is no evaluation")
-    check(c.eval.samples >= 1, "eval.samples", "it counts completions a problem", "set it to 1 or more")
-    check(c.logger.sample_every >= 0, "logger.sample_every", "it counts steps", "0 is never")
-    check(
-        bool(c.algo.kl) or not c.algo.reference_refresh,
-        "algo.reference_refresh",
-        "without a KL term there is no reference",
-        "set algo.kl.fn and algo.kl.coef",
-    )
-    check("fn" in c.algo.kl or not c.algo.kl, "algo.kl", "it has no fn", "name an estimator, e.g. algo.kl.fn=grpo.kl.k3")
-    check(
-        bool(c.algo.kl) or c.algo.kl_in is KLPlace.loss, "algo.kl_in", "there is no KL term to put there", "set algo.kl.fn and algo.kl.coef"
-    )
-    for name, node in c.algo.correction.items():
-        if node is not None and not (isinstance(node, dict) and "fn" in node):
-            raise ConfigError(
-                f"algo.correction.{name}", f"is {node!r}", "each correction has a name and a fn, e.g. {tis: {fn: grpo.corrections.truncated_importance}}"
-            )
-    for name in ("advantage", "ratio", "objective", "aggregation"):
-        check(bool(getattr(c.algo, name)), f"algo.{name}", "every objective needs one", "choose a preset, e.g. algo=grpo")
-    scores = [*c.reward, *(c.environment.get("weights") or {})]
-    if not scores:
-        raise ConfigError(
-            "reward", "is empty", "choose a preset, e.g. reward=r1_rules, or add reward.NAME.fn=…, or weights for the environment's scores"
-        )
-    if c.eval.problems and c.eval.metric not in scores:
-        raise ConfigError("eval.metric", f"is {c.eval.metric!r}, but the reward parts are {', '.join(scores)}", "name one of them")
+def value_of(config: Config, key: str) -> Any:
+    """``value_of(config, "optim.lr")``"""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
 
 
-def _why_kept_sets_are_unknown(rollout: RolloutConfig) -> str:
-    """Empty for engines that report what truncation left to choose from."""
-    if rollout.engine is EngineName.scripted:
-        return "the scripted engine's completions come from no distribution that could be truncated"
-    if rollout.engine is EngineName.vllm and rollout.gpus_per_engine:
-        return "vLLM's own sampler, which a GPU needs, reports them only if every request sets top_k and none is greedy"
-    return ""
+def shown(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, StrEnum) else repr(value)

@@ -175,7 +175,7 @@ def step_line(columns: Sequence[Column], row: Row) -> str:
 def time_line(columns: Sequence[Column], row: Row) -> str:
     """Where the step's time went, for a terminal too narrow for those columns; empty if they are shown, or unknown."""
     shown = {column.key for column in columns}
-    phases = [(name, f"time/{name}") for name in ("generate", "wait", "reward", "update", "sync", "eval", "checkpoint")]
+    phases = [(name, f"time/{name}") for name in ("generate", "wait", "reward", "sleep", "update", "sync", "eval", "checkpoint")]
     parts = [f"{name} {_seconds(row[key])}" for name, key in phases if key in row and key not in shown]
     if not parts:
         return ""

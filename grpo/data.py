@@ -11,7 +11,7 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,14 +132,13 @@ class PromptFormat:
     chat: Callable[[str], str] | None = None  # text of one user message → text with the model's chat template
 
     def problem(self, row: Row, split: str, number: int) -> Problem:
-        for key, column in (("data.prompt_key", self.prompt_key), ("data.answer_key", self.answer_key)):
+        needed = {"data.answer_key": self.answer_key} | ({} if self.template else {"data.prompt_key": self.prompt_key})
+        for key, column in needed.items():
             if column not in row:
                 raise ConfigError(
                     key, f"row {number} of the {split} split has no column {column!r}", f"its columns are: {', '.join(map(str, row))}"
                 )
-        prompt = str(row[self.prompt_key])
-        if self.template:
-            prompt = _fill(self.template, row, split, number)
+        prompt = _fill(self.template, row, split, number) if self.template else str(row[self.prompt_key])
         return Problem(
             id=str(row.get("id", f"{split}/{number}")),
             prompt=self.chat(prompt) if self.chat else prompt,
@@ -192,23 +191,30 @@ class ProblemSource:
         self.problems: Sequence[Problem] = list(problems)
         self.seed, self.position = seed, 0
 
-    def take(self, count: int) -> list[Problem]:
+    def take(self, count: int, besides: Collection[str] = ()) -> list[Problem]:
         """The next ``count`` problems, all different.
 
+        Across an epoch's end a problem may come again: it is passed over, and the new epoch goes without it.
+
+        Args:
+            besides: ids of further problems to pass over. Where that leaves fewer, these are taken; where none, the place stays.
+
         Raises:
-            ConfigError: there are fewer problems than that.
+            ConfigError: there are fewer problems than that at all.
         """
         if count > len(self.problems):
             raise ConfigError(
                 "rollout.problems_per_step", f"is {count}, but the training split has only {len(self.problems)} problems", "lower it"
             )
+        count = min(count, sum(problem.id not in besides for problem in self.problems) if besides else count)
         taken: dict[str, Problem] = {}
-        for problem in self._from(self.position):
+        stream = self._from(self.position)
+        while len(taken) < count:
+            problem = next(stream)
             self.position += 1
-            taken.setdefault(problem.id, problem)  # across an epoch's end one may come again: take it once
-            if len(taken) == count:
-                return list(taken.values())
-        raise AssertionError("an endless stream ended")
+            if problem.id not in besides:
+                taken.setdefault(problem.id, problem)
+        return list(taken.values())
 
     def _from(self, position: int) -> Iterator[Problem]:
         first = position // len(self.problems)

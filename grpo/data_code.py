@@ -77,10 +77,15 @@ def humaneval(row: Row) -> Row:
     """
     prompt, name, test = _texts(row, "prompt", "entry_point", "test")
     given = without_function(prompt, name)
+    return _checked(row, prompt, prompt + str(row.get("canonical_solution", "")), name, test, given)
+
+
+def _checked(row: Row, question: str, answer: str, name: str, test: str, given: str) -> Row:
+    """A problem whose ``test`` defines ``check(candidate)``; what is ``given`` stands before the program and before the test."""
     return {
         **({"id": str(row["task_id"])} if "task_id" in row else {}),
-        "question": prompt,
-        "answer": prompt + str(row.get("canonical_solution", "")),
+        "question": question,
+        "answer": answer,
         "tests": {
             "kind": "asserts",
             "functions": [name],
@@ -204,18 +209,8 @@ def leetcode(row: Row) -> Row:
     description, given, entry, test = _texts(row, "problem_description", "prompt", "entry_point", "test")
     name = entry.rpartition(".")[2].removesuffix("()")
     starter = row.get("starter_code") or ""
-    return {
-        **({"id": str(row["task_id"])} if "task_id" in row else {}),
-        "question": f"{description}\n\nComplete this class:\n{starter}" if starter else description,
-        "answer": str(row.get("completion") or ""),
-        "tests": {
-            "kind": "asserts",
-            "functions": [name],
-            "programs": [f"{test}\n\ncheck({name})\n"],
-            "setup": given,
-            "prelude": given,
-        },
-    }
+    question = f"{description}\n\nComplete this class:\n{starter}" if starter else description
+    return _checked(row, question, str(row.get("completion") or ""), name, test, given)
 
 
 # ---- APPS and TACO -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from grpo.losses import Loss, TokenScores, merge
 from grpo.policy import Metrics
 from grpo.ranks import Ranks
 from grpo.rollouts.transfer import handfuls
-from grpo.rollouts.weights import PackedWeights, Spec, shown
+from grpo.rollouts.weights import PackedWeights, Spec, WeightStream, shown
 from grpo.sharded import MASTERS, OPTIMISER, WEIGHTS, MakeModel, RankSettings, RankUpdate, token_positions
 
 
@@ -75,8 +75,10 @@ class DistributedPolicy:
         tokens, seconds = float(trained.num_tokens), time.perf_counter() - start
         return metrics | {"throughput/update_tokens": tokens, "throughput/tokens_per_s_update": tokens / seconds}
 
-    def weights(self) -> Mapping[str, Tensor]:
-        return self._gather(WEIGHTS, None)
+    def weights(self) -> WeightStream:
+        """Gathered while they are read, which must be before the next update: nobody has to hold them all."""
+        specs = self._specs(WEIGHTS, None)
+        return WeightStream(specs, self._gathered(WEIGHTS, specs, None))
 
     def state(self) -> dict[str, Any]:
         """Whole tensors, in the form that ``HFPolicy`` has: a run can go on with any number of ranks."""
@@ -103,6 +105,9 @@ class DistributedPolicy:
         """Written by rank 0: with several machines, ``folder`` must be the same on all of them."""
         self._save(folder, None)
 
+    def empty_cache(self) -> None:
+        self._ranks.all("empty_cache")
+
     def snapshot(self) -> Snapshot:
         number = next(self._ranks.numbers)
         self._ranks.all("keep", number)
@@ -128,15 +133,21 @@ class DistributedPolicy:
             self._layout_checked = True
 
     def _gather(self, kind: str, kept: int | None) -> dict[str, Tensor]:
-        """All tensors of one kind, a handful at a time: no rank holds more of them whole."""
-        specs: Mapping[str, Spec] = self._ranks.all("specs", kept)
-        empty = {name: torch.empty(s.shape, dtype=getattr(torch, s.dtype), device="meta") for name, s in specs.items()}
-        wanted = [(name, tensor) for name, tensor in empty.items() if name.startswith(f"{kind}/")]
-        found: dict[str, Tensor] = {}
-        for handful in handfuls(wanted):
+        """All tensors of one kind."""
+        return dict(self._gathered(kind, self._specs(kind, kept), kept))
+
+    def _gathered(self, kind: str, specs: Mapping[str, Spec], kept: int | None) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors of one kind, a handful at a time: no more of them is whole on a rank, or on its way."""
+        empty = ((f"{kind}/{name}", torch.empty(s.shape, dtype=getattr(torch, s.dtype), device="meta")) for name, s in specs.items())
+        for handful in handfuls(empty):
             parcel: PackedWeights = self._ranks.all("gather", list(handful), kept)
-            found |= {name.removeprefix(f"{kind}/"): tensor.clone() for name, tensor in parcel.unpack().items()}
-        return found
+            for name, tensor in parcel.unpack().items():
+                yield name.removeprefix(f"{kind}/"), tensor.clone()
+
+    def _specs(self, kind: str, kept: int | None) -> dict[str, Spec]:
+        """Of all tensors of one kind, by their names in the model."""
+        specs: Mapping[str, Spec] = self._ranks.all("specs", kept)
+        return {name.removeprefix(f"{kind}/"): spec for name, spec in specs.items() if name.startswith(f"{kind}/")}
 
     def _take(self, tensors: Mapping[str, Tensor], kind: str, kept: int | None) -> None:
         """Give every rank its shards of whole tensors.
@@ -144,8 +155,7 @@ class DistributedPolicy:
         Raises:
             ValueError: they are not those of this model; nothing was taken.
         """
-        specs: Mapping[str, Spec] = self._ranks.all("specs", kept)
-        expected = {name.removeprefix(f"{MASTERS}/"): spec.shape for name, spec in specs.items() if name.startswith(f"{MASTERS}/")}
+        expected = {name: spec.shape for name, spec in self._specs(MASTERS, kept).items()}
         if kind == MASTERS and (wrong := [n for n in expected.keys() | tensors.keys() if not _fits(tensors.get(n), expected.get(n))]):
             raise ValueError(f"this state is of another model: {len(wrong)} tensors differ: {shown(wrong)}\n  → check model.path")
         for handful in handfuls((f"{kind}/{name}", tensor) for name, tensor in tensors.items()):
@@ -177,11 +187,16 @@ class Snapshot:
     def update(self, minibatch: Batch, loss: Loss) -> Metrics:
         raise TypeError("a snapshot does not learn; update the policy that it was taken of")
 
-    def weights(self) -> Mapping[str, Tensor]:
-        return self._policy._gather(WEIGHTS, self._number)
+    def weights(self) -> WeightStream:
+        """See ``DistributedPolicy.weights``."""
+        specs = self._policy._specs(WEIGHTS, self._number)
+        return WeightStream(specs, self._gathered(specs))
+
+    def _gathered(self, specs: Mapping[str, Spec]) -> Iterator[tuple[str, Tensor]]:
+        yield from self._policy._gathered(WEIGHTS, specs, self._number)  # of this object: the ranks keep the weights while it is read
 
     def state(self) -> dict[str, Any]:
-        weights = self.weights()
+        weights = dict(self.weights())
         optimiser = torch.optim.SGD([torch.empty(0, requires_grad=True) for _ in weights], lr=0.0)  # what HFPolicy's snapshot has
         return {"masters": weights, "optimiser": optimiser.state_dict(), "num_updates": 0, "num_skipped": 0}
 
@@ -190,6 +205,9 @@ class Snapshot:
 
     def save(self, folder: Path) -> None:
         self._policy._save(folder, self._number)
+
+    def empty_cache(self) -> None:
+        self._policy.empty_cache()
 
 
 def _fits(tensor: Tensor | None, shape: tuple[int, ...] | None) -> bool:

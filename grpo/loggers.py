@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 from grpo.config import ConfigError, WandbConfig, WandbMode
 from grpo.rollout_table import RolloutKey, rollout_key
-from grpo.run import RunFolder, write_text
+from grpo.run import RunFolder
+from grpo.storage import write_text
 from grpo.types import Group
 
 Advantages = Mapping[RolloutKey, float]

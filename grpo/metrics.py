@@ -217,7 +217,7 @@ def _completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def staleness_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """How many updates old the weights were that sampled the tokens which a policy of ``version`` is about to be trained on."""
+    """How many steps old the weights were that sampled the tokens which a policy of ``version`` is about to be trained on."""
     ages = [
         version - sampled_by
         for group in groups

@@ -56,13 +56,15 @@ def resolve_model(path: str, cache_dir: str = "", revision: str | None = None, n
     return str(_make(made, _cache_folder(cache_dir) / "models" / made.name, notify))
 
 
-def check_model(path: str, key: str = "model.path", revision: str | None = None) -> None:
+def check_model(path: str, key: str = "model.path", revision: str | None = None, trust_remote_code: bool = False) -> None:
     """The cheap part of ``resolve_model``: does it exist, is its package installed? Loads and makes nothing.
 
     Raises:
         ConfigError: naming ``key``, the value and the remedy.
     """
     _parse(path, key, revision)
+    if trust_remote_code and path.startswith("package:"):
+        raise ConfigError("model.trust_remote_code", f"is true, which does nothing: {path!r} brings no code", "leave it out")
 
 
 def _parse(path: str, key: str, revision: str | None) -> _Made | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.conditions import Conditions, conditions
-from grpo.config import Config, ConfigError, EngineName, Precision, ScheduleName, TransferName, WandbMode
+from grpo.config import Config, ConfigError, EngineName, ScheduleName, TransferName, WandbMode
 from grpo.console import ConsoleLogger
 from grpo.data import ProblemSource
-from grpo.environment import usable_cores
 from grpo.interrupt import StopSignal
 from grpo.learner import Learner
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
+from grpo.machine import Machine, cpus_per_engine, cpus_per_rank, gpus_of_trainer, need_ray
 from grpo.plan import Plan, scripted_answer
 from grpo.policy import HFPolicy, OptimSettings
 from grpo.rollouts.assembly import Scorer, ScoreWhen
@@ -35,44 +34,9 @@ from grpo.weight_sync import Probe, WeightSync
 
 if TYPE_CHECKING:
     from grpo.distributed import DistributedPolicy
+    from grpo.ranks import Ranks
 
 EVAL_SEED = 20_250_122  # evaluations draw the same randomness in every run, so that two runs differ by their models alone
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where things run. Resolved once from ``trainer.device``, ``model.precision`` and the hardware."""
-
-    device: str
-    dtype_name: str  # "bfloat16" or "float32"
-    cores: int
-
-
-def machine(config: Config) -> Machine:
-    import torch
-
-    device = config.trainer.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("trainer.device", f"is {device!r}, but torch sees no GPU here", "set it to auto or cpu")
-    gpus = config.rollout.num_engines * config.rollout.gpus_per_engine
-    if gpus > torch.cuda.device_count() and not os.environ.get("RAY_ADDRESS"):
-        raise ConfigError("rollout.gpus_per_engine", f"asks for {gpus} GPUs, but torch sees {torch.cuda.device_count()}", "lower it")
-    ranks = config.trainer.ranks
-    if config.rollout.transfer is TransferName.nccl and not device.startswith("cuda"):
-        raise ConfigError("rollout.transfer", f"is nccl, between GPUs, but the trainer is on {device}", "set it to shared_memory or gloo")
-    if ranks > 1 and device.startswith("cuda"):
-        if ":" in device:
-            raise ConfigError("trainer.device", f"is {device!r}, but trainer.ranks={ranks} takes {ranks} GPUs", "set it to cuda")
-        if gpus + ranks > torch.cuda.device_count() and not os.environ.get("RAY_ADDRESS"):
-            there = torch.cuda.device_count()
-            asked = f"is {ranks}: with the engines' {gpus} that is {gpus + ranks} GPUs, and torch sees {there}"
-            raise ConfigError("trainer.ranks", asked, "lower it")
-    wanted = config.model.precision
-    fast_bf16 = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    bf16 = wanted is Precision.bf16 or (wanted is Precision.auto and fast_bf16)
-    return Machine(device=device, dtype_name="bfloat16" if bf16 else "float32", cores=usable_cores())
 
 
 def make_tokenizer(folder: str, config: Config) -> Any:
@@ -104,20 +68,33 @@ def make_dialogue(tokenizer: Any, chat: bool) -> Dialogue:
 
 
 def make_engine(
-    config: Config, folder: str, tokenizer: Any, where: Machine, stack: ExitStack, stop: StopSignal, exchange: Path | None = None
+    config: Config,
+    folder: str,
+    tokenizer: Any,
+    where: Machine,
+    stack: ExitStack,
+    stop: StopSignal,
+    exchange: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Any:
-    """The engine that ``rollout.engine`` names; ``stack`` closes it. ``exchange``: a folder for weights; None: none will be sent."""
+    """The engine that ``rollout.engine`` names; ``stack`` closes it. On GPUs that it shares with the trainer, it is asleep.
+
+    Args:
+        exchange: a folder for weights; None: none will be sent.
+        ranks: the processes that train; None: this one does.
+    """
     rollout, model = config.rollout, config.model
     if rollout.engine is EngineName.scripted:
-        from grpo.rollouts.scripted import ScriptedEngine
+        from grpo.rollouts.scripted import ScriptedEngine, plausible_answer
 
         answer = scripted_answer(config)
-        return stack.enter_context(_closing(ScriptedEngine(tokenizer, **({"answer": answer.load()} if answer else {}))))
+        return stack.enter_context(_closing(ScriptedEngine(tokenizer, answer.load() if answer else plausible_answer)))
     if rollout.engine is EngineName.hf:
         from grpo.rollouts.hf import HFEngine
 
         hf_args = {"dtype": where.dtype_name, "device": where.device, "trust_remote_code": model.trust_remote_code, **rollout.engine_args}
         return stack.enter_context(_closing(HFEngine(folder, tokenizer=tokenizer, revision=model.revision, **hf_args)))
+    from grpo.rollouts.placement import places
     from grpo.rollouts.pool import EnginePool
     from grpo.rollouts.vllm import VLLMEngine
 
@@ -126,7 +103,8 @@ def make_engine(
     pool = EnginePool(
         num_engines=rollout.num_engines,
         cpus_per_engine=cpus,
-        gpus_per_engine=rollout.gpus_per_engine,
+        gpus_per_engine=0 if rollout.colocate else rollout.gpus_per_engine,
+        places=places(gpus_of_trainer(where, ranks), rollout.gpus_per_engine) if rollout.colocate else None,
         schedule=rollout.schedule.value,
         transfer=None if exchange is None else make_transfer(rollout.transfer, exchange, stack),
         hang_timeout=rollout.hang_timeout_s,
@@ -137,20 +115,35 @@ def make_engine(
             "seed": config.run.seed,
             "revision": model.revision,
             "trust_remote_code": model.trust_remote_code,
-            "engine_args": ({"tensor_parallel_size": rollout.gpus_per_engine} if rollout.gpus_per_engine > 1 else {}) | rollout.engine_args,
+            "engine_args": vllm_arguments(config),
         },
     )
-    return stack.enter_context(_closing(pool))
+    stack.enter_context(_closing(pool))
+    if rollout.colocate:
+        pool.sleep()  # the policy is loaded next
+    return pool
+
+
+def vllm_arguments(config: Config) -> dict[str, Any]:
+    """What a recipe means for ``vllm.LLM``; its own ``rollout.engine_args`` win."""
+    rollout = config.rollout
+    parallel = {"tensor_parallel_size": rollout.gpus_per_engine} if rollout.gpus_per_engine > 1 else {}
+    shared = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5} if rollout.colocate else {}  # vLLM's 0.9 leaves no trainer room
+    return {**parallel, **shared, **rollout.engine_args}
 
 
 def make_transfer(name: TransferName, folder: Path, stack: ExitStack) -> Transfer:
     """``ray`` must be running."""
+    from grpo.rollouts.cuda_ipc import CudaIPC
     from grpo.rollouts.peer import PeerToPeer
 
     if name is TransferName.disk:
         return Disk(folder)
     if name is TransferName.shared_memory:
         return SharedMemory()
+    if name is TransferName.cuda_ipc:
+        mapped: CudaIPC = stack.enter_context(_closing(CudaIPC()))
+        return mapped
     peers: PeerToPeer = stack.enter_context(_closing(PeerToPeer(name.value)))
     return peers
 
@@ -161,10 +154,6 @@ def _closing(thing: Any) -> Iterator[Any]:
         yield thing
     finally:
         thing.close()
-
-
-def cpus_per_engine(config: Config, where: Machine) -> int:
-    return config.rollout.cpus_per_engine or max(1, where.cores // config.rollout.num_engines)
 
 
 def conditions_of(config: Config, where: Machine) -> Conditions:
@@ -178,26 +167,6 @@ def conditions_of(config: Config, where: Machine) -> Conditions:
         precision=where.dtype_name,
         cpu_instructions=torch.backends.cpu.get_cpu_capability(),
     )
-
-
-def cpus_per_rank(config: Config, where: Machine) -> int:
-    return max(1, where.cores // config.trainer.ranks)
-
-
-def need_ray(config: Config, where: Machine, stack: ExitStack, stop: StopSignal) -> None:
-    """Start Ray, unless it is running, with room for engines and ranks; ``stack`` stops it. They take turns, so both may have all cores."""
-    import ray
-
-    from grpo.rollouts.pool import start_ray, stop_ray
-
-    if ray.is_initialized():
-        return
-    rollout, ranks = config.rollout, config.trainer.ranks
-    cpus = rollout.num_engines * cpus_per_engine(config, where) + (ranks * cpus_per_rank(config, where) if ranks > 1 else 0)
-    gpus = rollout.num_engines * rollout.gpus_per_engine + (ranks if ranks > 1 and where.device == "cuda" else 0)
-    start_ray(num_cpus=max(where.cores, cpus), num_gpus=gpus)
-    stack.callback(stop_ray)
-    stop.take()
 
 
 def load_model(folder: str, config: Config, *, empty: bool = False) -> Any:
@@ -217,10 +186,21 @@ def load_model(folder: str, config: Config, *, empty: bool = False) -> Any:
     return model
 
 
-def make_policy(
-    config: Config, folder: str, tokenizer: Any, where: Machine, stack: ExitStack, stop: StopSignal
-) -> HFPolicy | DistributedPolicy:
-    """One process or ``trainer.ranks`` of them; ``stack`` ends those."""
+def make_ranks(config: Config, where: Machine, stack: ExitStack, stop: StopSignal) -> Ranks | None:
+    """The processes that train, which ``stack`` ends; None: this one does."""
+    if config.trainer.ranks == 1:
+        return None
+    from grpo.ranks import Ranks
+
+    need_ray(config, where, stack, stop)
+    made: Ranks = stack.enter_context(
+        _closing(Ranks(config.trainer.ranks, cpus_per_rank=cpus_per_rank(config, where), device=where.device))
+    )
+    return made
+
+
+def make_policy(config: Config, folder: str, tokenizer: Any, where: Machine, ranks: Ranks | None) -> HFPolicy | DistributedPolicy:
+    """In this process or, where there are such, in ``ranks``."""
     import torch
 
     o = config.optim
@@ -241,15 +221,12 @@ def make_policy(
         "layout": config.trainer.layout.value,
         "tokens_per_microbatch": config.trainer.tokens_per_microbatch,
     }
-    if config.trainer.ranks == 1:
+    if ranks is None:
         dtype = getattr(torch, where.dtype_name)
         return HFPolicy(load_model(folder, config), optim, dtype=dtype, device=where.device, tokenizer=tokenizer, **common)
     from grpo.distributed import DistributedPolicy
-    from grpo.ranks import Ranks
     from grpo.sharded import RankSettings
 
-    need_ray(config, where, stack, stop)
-    ranks = stack.enter_context(_closing(Ranks(config.trainer.ranks, cpus_per_rank=cpus_per_rank(config, where), device=where.device)))
     settings = RankSettings(
         optim=optim,
         dtype_name=where.dtype_name,
@@ -272,7 +249,9 @@ def shared_by_environments(checked: Plan) -> Iterator[None]:
 class NoParts:
     """The reward parts of a recipe whose environment judges everything itself."""
 
-    def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
+    def score(
+        self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
+    ) -> list[dict[str, Score]]:
         return [{} for _ in completions]
 
 
@@ -374,7 +353,7 @@ def _in_lockstep(config: Config) -> bool:
 def make_collector(
     config: Config, groups: Groups, source: ProblemSource, progress: Progress, stack: ExitStack
 ) -> Collector | PacedCollector:
-    """On-policy, or sampling ahead by ``rollout.max_staleness`` updates; ``stack`` ends what goes on in the background."""
+    """On-policy, or sampling ahead by ``rollout.max_staleness`` steps; ``stack`` ends what goes on in the background."""
     rollout = config.rollout
     if not rollout.max_staleness:
         return Collector(groups=groups, source=source, progress=progress)

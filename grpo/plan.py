@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo.batch import Batch, collate
-from grpo.config import Anchor, CombineRewards, Config, ConfigError, EngineName, KLPlace, validate
+from grpo.config import Anchor, CombineRewards, Config, ConfigError, EngineName, KLPlace
+from grpo.config_checks import validate
 from grpo.corrections import Correction, Mismatch
 from grpo.credit import Credit
 from grpo.data import ProblemSource, PromptFormat, check_disjoint, load_problems
+from grpo.idle import DEFAULTS
 from grpo.imports import FunctionRef, resolve
 from grpo.losses import Loss, TokenScores
 from grpo.models import check_model
@@ -115,7 +117,7 @@ def plan(config: Config) -> Plan:
     check_engine(config)
     check_environment(made)
     try_loss(made)
-    check_model(config.model.path, revision=config.model.revision)
+    check_model(config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
     return made
 
 
@@ -138,6 +140,10 @@ def check_combination(made: Plan) -> None:
             f"is {config.rollout.sampling_rounds}, but with {made.advantage.target} a group whose rewards are equal moves the policy too",
             "set it to 1, or choose an advantage that compares within the group",
         )
+    for key in ("cpu_s", "memory_mb"):
+        value, own = getattr(config.scoring, key), [key in part.limits for part in made.rewards]
+        if own and all(own) and value != DEFAULTS[f"scoring.{key}"]:
+            raise ConfigError(f"scoring.{key}", f"is {value}, which does nothing: every reward part has a limit of its own", "leave it out")
     for name, ref in made.corrections.items():
         if algo.anchor is Anchor.behavior and ref.target in OF_THE_SAMPLER:
             raise ConfigError(
@@ -165,7 +171,7 @@ def check_environment(made: Plan) -> None:
     """One environment is made, as each rollout will make one.
 
     Raises:
-        ConfigError: it cannot be made, is none, or needs a stop string that the recipe does not set.
+        ConfigError: it cannot be made, is none, lacks a score that has a weight, or needs a stop string that the recipe does not set.
     """
     target, stop = made.environment.target, made.config.rollout.stop
     try:
@@ -175,6 +181,10 @@ def check_environment(made: Plan) -> None:
         raise ConfigError("environment", what, "correct its arguments; docs/rollouts.md says what the built-in ones take") from error
     if missing := [name for name in ("start", "step") if not callable(getattr(environment, name, None))]:
         raise ConfigError("environment.fn", f"{target} makes something without {' and '.join(missing)}", "see docs/extending.md")
+    names = getattr(environment, "score_names", made.environment_weights)
+    if unknown := [name for name in made.environment_weights if name not in names]:
+        there = f"it gives {', '.join(names)}" if names else "it gives none; reward parts have their weight beside them, reward.NAME.weight"
+        raise ConfigError(f"environment.weights.{unknown[0]}", f"{target} gives no score of this name", there)
     if missing := [wanted for wanted in getattr(environment, "stop", ()) if wanted not in stop]:
         raise ConfigError(
             "rollout.stop",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from grpo.logprobs import head_logprobs
 from grpo.losses import Loss, Stat, TokenScores, merge
 from grpo.model_support import check_layout, plan_layout, without_noise
 from grpo.types import Rollout
+
+if TYPE_CHECKING:
+    from grpo.rollouts.base import Weights
 
 Metrics = dict[str, float]
 
@@ -38,8 +41,8 @@ class Policy(Protocol):
         """One optimiser step on one minibatch; split, forward, backward, clipping and step all inside."""
         ...
 
-    def weights(self) -> Mapping[str, Tensor]:
-        """The compute weights under their Hugging Face names, tied ones once."""
+    def weights(self) -> Weights:
+        """The compute weights under their Hugging Face names, tied ones once; read them before the next update."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -50,6 +53,10 @@ class Policy(Protocol):
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder that transformers and vLLM load as it is."""
+        ...
+
+    def empty_cache(self) -> None:
+        """Give back the GPU memory that torch keeps for later and no tensor is in: other processes may need it."""
         ...
 
 
@@ -191,6 +198,10 @@ class HFPolicy:
         self.model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+
+    def empty_cache(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def snapshot(self) -> HFPolicy:
         """A frozen copy to score with: the reference policy. It learns nothing, so its compute weights are its whole state."""

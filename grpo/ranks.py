@@ -22,6 +22,7 @@ import torch.distributed as dist
 from grpo.layouts import LayoutName
 from grpo.rollouts.actor import engine_environment
 from grpo.rollouts.fleet import raise_own
+from grpo.rollouts.placement import GPU
 from grpo.sharded import MakeModel, RankSettings, ShardedPolicy
 
 if TYPE_CHECKING:
@@ -110,6 +111,10 @@ class Ranks:
     def processes(self) -> list[int]:
         """Process ids, on whatever machines."""
         return [born.pid for born in self._born]
+
+    def gpus(self) -> list[GPU]:
+        """Of each rank, on ``device="cuda"``."""
+        return [GPU(born.node, born.gpu) for born in self._born]
 
     def close(self) -> None:
         import ray
@@ -242,6 +247,7 @@ class Born:
 
     pid: int
     node: str  # ray's id of the machine it is on
+    gpu: str  # the one that ray gave it, as CUDA_VISIBLE_DEVICES names it; on a CPU: whatever stands there
 
 
 class RankActor:
@@ -257,7 +263,7 @@ class RankActor:
     def born(self) -> Born:
         import ray
 
-        return Born(os.getpid(), ray.get_runtime_context().get_node_id())
+        return Born(os.getpid(), ray.get_runtime_context().get_node_id(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
     def meeting_point(self) -> tuple[str, int]:
         """Rank 0 alone: open the port where the others find it."""

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra import main as hydra_main
@@ -27,7 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from grpo.config import Config, ConfigError, keys, validate
+from grpo.config import Config, ConfigError, keys
+from grpo.config_checks import validate
+from grpo.idle import dropped
 
 ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("share", lambda whole, share: max(1, round(whole * share)), replace=True)  # ${share:${key},0.2}
@@ -99,35 +101,48 @@ def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
                 composed = compose(name, [*prepared, f"hydra.searchpath=[{BUILT_IN}]"])
         if OmegaConf.get_type(composed) is not Config:
             raise ConfigError("defaults", f"recipe {recipe!r} does not start from the schema", "put `- schema` first in its defaults list")
+        for key, node in replaced.items():
+            OmegaConf.update(composed, key, node, merge=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise translate(error) from error
     except YAMLError as error:
         raise ConfigError(
             "recipe", f"{recipe} or a file it names is not YAML: {' '.join(str(error).split())}", "correct the file"
         ) from error
-    for key, node in replaced.items():
-        OmegaConf.update(composed, key, node, merge=False)
+    _drop_idle(composed, overrides)
     if not composed.run.recipe:
         composed.run.recipe = name
     return composed
 
 
+def _drop_idle(composed: DictConfig, overrides: Sequence[str], *also_given: str) -> None:
+    """What the recipe set for something that the command line has switched off goes with it: see ``grpo.idle``."""
+    given = {o.key_or_group for o in OverridesParser.create().parse_overrides(list(overrides))} | set(also_given)
+    try:
+        for key, default in dropped(cast(Config, composed), given).items():
+            OmegaConf.update(composed, key, default, merge=False)
+    except OmegaConfBaseException as error:
+        raise translate(error) from error
+
+
 def _replacements(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Open nodes that the command line gives anew, and the overrides that are left for Hydra.
 
-    ``algo.correction={}`` and ``algo.objective.fn=…`` start from nothing: the arguments that a preset had for another function
-    would not fit. ``algo.correction.mask.fn=…`` adds an entry beside those that are there.
+    ``reward={}``, ``algo.correction={}`` and ``algo.objective.fn=…`` start from nothing: the arguments that a preset had for another
+    function would not fit. ``reward.brevity.fn=…`` and ``algo.correction.mask.fn=…`` add an entry beside those that are there.
     """
     parsed = OverridesParser.create().parse_overrides(_checked_grammar(overrides))
-    whole = [name for name, (default, _) in keys().items() if isinstance(default, dict) and name != "reward"]
-    chosen = [o.key_or_group for o in parsed if o.key_or_group in groups() and isinstance(o.value(), str)]
-    single = [name for name in whole if name != "algo.correction"]
+    whole = [name for name, (default, _) in keys().items() if isinstance(default, dict)]
+    chosen = [o.key_or_group for o in parsed if o.key_or_group in groups() and not isinstance(o.value(), dict)]
+    single = [name for name in whole if name not in ("algo.correction", "reward")]
     replaced: dict[str, dict[str, Any]] = {}
     for o in parsed:
         if o.key_or_group in whole and o.key_or_group not in chosen and not o.is_sweep_override():
             value = None if o.is_delete() else o.value()
             if value is not None and not isinstance(value, dict):
                 raise ConfigError(o.key_or_group, f"is {value!r}", "write {} or {fn: …}")
+            if o.key_or_group == "reward" and (loose := [name for name, part in (value or {}).items() if not isinstance(part, dict)]):
+                raise ConfigError(f"reward.{loose[0]}", "is no part: each has a name and a fn", "write reward={NAME: {fn: …}}")
             replaced[o.key_or_group] = dict(value or {})
         elif o.key_or_group.removesuffix(".fn") in single and o.key_or_group.endswith(".fn") and not o.is_sweep_override():
             replaced[o.key_or_group.removesuffix(".fn")] = {"fn": o.value()}
@@ -261,6 +276,7 @@ def load_run(folder: Path, overrides: Sequence[str] = (), reward: str | None = N
     except (HydraException, OmegaConfBaseException) as error:
         raise translate(error) from error
     assert isinstance(composed, DictConfig)
+    _drop_idle(composed, overrides, *(("reward", "eval.problems") if reward is not None else ()))
     composed.run.dir, composed.run.recipe, composed.run.name = str(folder.parent.parent), folder.parent.name, folder.name
     return to_config(composed)
 
@@ -286,6 +302,7 @@ def sweep(recipe: str, overrides: Sequence[str], job: Callable[[Config], None]) 
     quiet = ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.sweep.dir=runs/.hydra"]
 
     def task(composed: DictConfig) -> None:
+        _drop_idle(composed, HydraConfig.get().overrides.task)
         if not composed.run.recipe:
             composed.run.recipe = name
         if not composed.run.name:

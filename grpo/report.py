@@ -17,7 +17,8 @@ from typing import Any
 
 from grpo.console import set_off
 from grpo.metrics import best_and_worst, duration, headline, series
-from grpo.run import RunFolder, write_text
+from grpo.run import RunFolder
+from grpo.storage import write_text
 
 Points = Sequence[tuple[float, float]]
 Row = Mapping[str, float]
@@ -26,7 +27,7 @@ WIDTH, HEIGHT = 360, 180  # of a chart, in SVG units: about its size on a screen
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 24
 NUM_COLORS = 6
 MAX_HOVER_STEPS = 150
-PHASES = ("generate", "wait", "reward", "update", "sync", "eval", "checkpoint")
+PHASES = ("generate", "wait", "reward", "sleep", "update", "sync", "eval", "checkpoint")
 SMOOTH_FROM = 30  # points; below, a curve is drawn as it is
 
 

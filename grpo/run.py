@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from grpo.config import ConfigError
 from grpo.environment import usable_cores
 from grpo.rollout_table import RolloutKey, rollout_table
+from grpo.storage import storage, sync, write_atomically, write_text
 from grpo.types import Group
 
 if TYPE_CHECKING:
@@ -39,16 +40,6 @@ PACKAGES = ("grpo-toolkit", "torch", "vllm", "ray", "transformers", "wandb")
 
 # Columns of the metrics that the clock and the machine's faults decide. All others are the same whenever a run is made again exactly.
 MEASURED = ("time/", "throughput/", "engine/")
-
-
-class StorageError(OSError):
-    """The run folder cannot be written. Says where, why and what to do; what was saved before is untouched."""
-
-    def __init__(self, path: Path, cause: OSError) -> None:
-        reason = cause.strerror or str(cause)
-        super().__init__(f"run.dir: cannot write {str(path)!r}: {reason}\n  → {_remedy(path, cause)}; what was saved is whole")
-        self.errno = cause.errno
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +113,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def exchange(self) -> Path:
+        """Where weights lie for the engines, with ``rollout.transfer=disk``; of no use to anyone when the process has ended."""
+        return self.path / "weights"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / _step_name(step)
@@ -214,6 +210,8 @@ class RunFolder:
     def rewind(self, step: int, facts: Mapping[str, Any]) -> None:
         """Forget what was recorded after ``step`` or half written: a run that goes on from its checkpoint will record it again.
 
+        Only while the folder is ``held``: what belongs to a process that trains in it must not go.
+
         Args:
             facts: what ``facts()`` was when the checkpoint was written; empty: unknown. What is missing since is put back or warned of.
 
@@ -229,6 +227,8 @@ class RunFolder:
         self._write_metrics([row for row in rows if row["step"] <= step])
         folders: tuple[RolloutFolder, ...] = ("rollouts", "eval")
         with storage(self.path):
+            if self.exchange.exists():
+                shutil.rmtree(self.exchange)
             for place in (self.path, *(self.path / folder for folder in folders)):
                 for unfinished in place.glob(".*.tmp"):
                     unfinished.unlink()
@@ -292,60 +292,6 @@ class RunFolder:
             there = f"there are {len(steps)}, from step {steps[0]} to {steps[-1]}" if steps else "there are none"
             raise FileNotFoundError(f"no {folder} of step {step} in {str(self.path)!r}: {there}")
         return pq.read_table(file, partitioning=None)  # the path is ours: nothing in it is a partition key
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file whole."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a temporary file beside ``path``, sync it to disk, and rename it: readers see the old or the new file.
-
-    Raises:
-        StorageError: the disk is full, or the folder cannot be written; the old file is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with storage(path):
-        try:
-            write(temporary)
-            sync(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync(path.parent)  # the rename itself
-
-
-@contextmanager
-def storage(path: Path) -> Iterator[None]:
-    """Turn what the disk says about ``path`` into a ``StorageError``."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(path, error) from error
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remedy(path: Path, cause: OSError) -> str:
-    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        there = next(folder for folder in path.absolute().parents if folder.exists())
-        free = shutil.disk_usage(there).free / 2**20
-        return f"{free:,.0f} MiB are free there: make room, or keep fewer checkpoints (run.keep_checkpoints), and go on"
-    if cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return "make the folder writable, or copy it to a place that is and go on with the copy"
-    if cause.errno == errno.EFBIG:
-        return "a file may not grow so large here: raise the limit (ulimit -f), and go on"
-    return "see to the disk, and go on"
 
 
 def environment(conditions: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Scorer(nn.Module):
 
 
 class ShardedPolicy:
-    """One rank's part of a policy. Every method but ``keep`` and ``forget`` is collective.
+    """One rank's part of a policy. Every method but ``keep``, ``forget`` and ``empty_cache`` is collective.
 
     Args:
         make_model: called as ``make_model(empty=True)`` on every rank for a model on the meta device, without weights, and on rank 0
@@ -292,6 +292,10 @@ class ShardedPolicy:
         if self.skeleton is not None:
             buffers = {name: value for name, value in self.model.state_dict().items() if not isinstance(value, DTensor)}
             self.skeleton.save_pretrained(folder, state_dict=weights | buffers)
+
+    def empty_cache(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _gathered(self, name: str, kept: int | None) -> Tensor | None:
         """The whole tensor, on rank 0."""

@@ -7,7 +7,7 @@ and collected by problem id, completions without signal cost no compute, and the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -33,8 +33,8 @@ Metrics = dict[str, float]
 class Collector(Protocol):
     """Where the groups of a step come from: ``grpo.rollouts.collect``, or ``grpo.rollouts.paced``, which samples ahead."""
 
-    def take(self, count: int) -> Sequence[Problem]:
-        """The next problems."""
+    def take(self, count: int, besides: Collection[str] = ()) -> Sequence[Problem]:
+        """The next problems but those with these ids, which the step has taken already; fewer where there are no others."""
         ...
 
     def collect(self, problems: Sequence[Problem], step: int) -> tuple[Group, ...]:
@@ -69,6 +69,10 @@ class Counts(Protocol):
 
     def metrics(self) -> Metrics: ...
 
+    def sleep(self) -> None:
+        """Give its memory back until it is sent weights."""
+        ...
+
 
 @dataclass(kw_only=True)
 class Settings:
@@ -77,6 +81,7 @@ class Settings:
     steps: int
     problems_per_step: int
     sampling_rounds: int = 1
+    colocate: bool = False  # the engine is on the trainer's GPUs
     checkpoint_every: int = 10
     keep_checkpoints: int = 1
     eval_every: int = 10
@@ -115,6 +120,7 @@ class Trainer:
                 with stop.anywhere():
                     self.sync()
                     drawn = self.draw(step)
+                    self.make_room()
                 self.check_graders(drawn.all, step)
                 whole = False  # from here on the policy may be half a step ahead
                 with self.timed("update"):
@@ -181,8 +187,26 @@ class Trainer:
         if self.synced_version != self.step:
             with self.collector.resting(), self.timed("sync" if self.weights.tested else "self_test"):
                 self.logger.phase("loading weights" if self.weights.tested else "testing how weights reach the engine")
-                self.synced = self.weights.send(version=self.step)
+                with self.handing_over():
+                    self.synced = self.weights.send(version=self.step)
                 self.synced_version = self.step
+
+    def make_room(self) -> None:
+        """On shared GPUs the engine, which has sampled what it will with these weights, sleeps until the next."""
+        if self.settings.colocate:
+            with self.timed("sleep"):
+                self.logger.phase("putting the engine to sleep")
+                self.engine.sleep()
+
+    @contextmanager
+    def handing_over(self) -> Iterator[None]:
+        """On shared GPUs, what an update has cached goes back before the engine wakes, and what the sync has when it has ended."""
+        if not self.settings.colocate:
+            yield
+            return
+        self.learner.policy.empty_cache()
+        yield
+        self.learner.policy.empty_cache()
 
     def evaluation_due(self) -> bool:
         every = self.settings.eval_every

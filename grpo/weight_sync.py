@@ -7,7 +7,7 @@ is a snapshot of the policy: the policy itself is only looked at.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 from torch import Tensor
@@ -16,10 +16,11 @@ from grpo.batch import collate
 from grpo.policy import Metrics, Policy
 from grpo.rollouts.base import Engine
 from grpo.rollouts.proof import SelfTest, probe_difference, self_test
+from grpo.rollouts.weights import WeightStream
 from grpo.types import Completion, Group, Problem, Request, Rollout, Sampling
 
 _PROMPT = 80  # tokens of a probe's prompt: more than two blocks of a prefix cache (32 tokens on CPUs, 16 on GPUs), which must be dropped
-_PROMPTS, _SAMPLES, _TOKENS, _FEW = 2, 2, 8, 4
+_PROMPTS, _SAMPLES, _TOKENS = 2, 2, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +44,6 @@ class Probe:
             Request(problem_id=f"probe {i}", prompt_ids=prompt, num_completions=_SAMPLES, seed=i) for i, prompt in enumerate(different)
         )
         return cls(requests=tuple(requests), sampling=Sampling(temperature=temperature, max_new_tokens=tokens))
-
-    def short(self) -> Sampling:
-        """For the self-test, which asks often."""
-        return replace(self.sampling, max_new_tokens=min(_FEW, self.sampling.max_new_tokens))
 
 
 def _of_length(prompt: Sequence[int], length: int) -> tuple[int, ...]:
@@ -82,8 +79,8 @@ class WeightSync:
             report, policy = self._engine.load_weights(self._policy.weights(), version), self._policy
         else:  # the policy itself first scores what it is trained on: that is when its layout is tried
             policy = self._snapshot()
-            score, weights = Rescored(policy), self._policy.weights()
-            found = self_test(self._engine, weights, score, self._probe.requests, self._probe.short(), version)
+            score, weights = Rescored(policy), dict(WeightStream.of(self._policy.weights()))  # gathered once, sent often
+            found = self_test(self._engine, weights, score, self._probe.requests, self._probe.sampling, version)
             score(weights, ())
             report, self.tested = found.report, True
             self._tell(found)
@@ -96,10 +93,10 @@ class Rescored:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._state = policy.state()
+        self._rest = {name: value for name, value in policy.state().items() if name != "masters"}
 
     def __call__(self, weights: Mapping[str, Tensor], completions: Sequence[Completion]) -> list[list[float]]:
-        self._policy.load_state({**self._state, "masters": weights})
+        self._policy.load_state({**self._rest, "masters": weights})
         return logprobs(self._policy, completions)
 
 

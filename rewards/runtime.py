@@ -31,7 +31,7 @@ from grpo.rewards.limits import RewardLimits
 from grpo.rewards.wire import Job, Ready, Result, Start, decode, encode
 from grpo.types import Completion, Outcome, Problem, Score
 
-Progress = Callable[[int, int], None]  # (completions scored, completions in all)
+Progress = Callable[[int, int], None]  # (completions scored, completions in all); a few times a second, and what it raises ends the work
 
 _TICK_S = 0.05  # how often running tasks are compared with their deadlines
 _LONGEST_TICK_S = 0.2  # what one tick counts at most: while the machine sleeps or this process gets no time, no worker overstays
@@ -113,6 +113,8 @@ class RewardRuntime:
                 while num_done < len(judged):
                     if self._closed:
                         raise RuntimeError("this reward runtime was closed while it scored")
+                    if progress is not None:
+                        progress(num_done, len(judged))
                     self._dispatch(jobs)
                     for result in self._collect(jobs):
                         for row, score in zip(result.rows, result.scores, strict=True):

@@ -11,25 +11,30 @@ import itertools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from types import TracebackType
 from typing import Protocol, Self
 
-from grpo.rollouts.base import Begun, Close, Finished, Job
+from grpo.rollouts.base import Begun, Close, Finished, Job, Progress
 from grpo.rollouts.episode import Episode
+from grpo.rollouts.hands import Hands
 from grpo.types import Completion, Group, Problem, Rollout, Score
 
 _IDLE = 0.02  # seconds an idle engine is kept waiting for a turn
 _ENVIRONMENTS = 8  # that answer at the same time
+_COME_TO_REST = 5.0  # seconds a checkpoint waits for environments and rewards
 
 
 class Scorer(Protocol):
     """``grpo.rewards.runtime.RewardRuntime``: one dict part → ``Score`` a completion, in order."""
 
-    def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]: ...
+    def score(
+        self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
+    ) -> list[dict[str, Score]]:
+        """``progress`` is called a few times a second; what it raises ends the work."""
+        ...
 
 
 class ScoreWhen(Enum):
@@ -84,7 +89,7 @@ class Assembly:
         self._serials = itertools.count()
         self._error: BaseException | None = None
         self._left = False
-        self._environments = ThreadPoolExecutor(_ENVIRONMENTS, thread_name_prefix="environment")
+        self._environments = Hands(_ENVIRONMENTS, "environment")
         self._scorer = threading.Thread(target=self._score, name="rewards", daemon=True)
         self._scorer.start()
 
@@ -95,7 +100,7 @@ class Assembly:
         with self._changed:
             self._left = True
             self._changed.notify_all()
-        self._environments.shutdown(wait=False, cancel_futures=True)
+        self._environments.close()
         if kind is None:
             self._scorer.join()
 
@@ -198,6 +203,8 @@ class Assembly:
                 with self._changed:
                     self._scoring = False
                     self._changed.notify_all()
+        except _NotWanted:
+            return
         except BaseException as error:
             self._fail(error)
 
@@ -213,9 +220,15 @@ class Assembly:
     def _judge(self, places: Sequence[_Place]) -> None:
         places = sorted(places, key=lambda place: place.order)
         completions = [place.completion for place in places]
-        scores = self._runtime.score(completions, [place.group.problem for place in places])
-        for place, parts in zip(places, scores, strict=True):
-            place.group.rollouts[place.episode.index] = place.episode.rollout(parts, self._weights)
+        scores = self._runtime.score(completions, [place.group.problem for place in places], self._check_wanted)
+        rollouts = [place.episode.rollout(parts, self._weights) for place, parts in zip(places, scores, strict=True)]
+        with self._changed:  # ``still`` may hold them as they are
+            for place, rollout in zip(places, rollouts, strict=True):
+                place.group.rollouts[place.episode.index] = rollout
+
+    def _check_wanted(self, done: int, total: int) -> None:
+        if self._left:
+            raise _NotWanted
 
     # --- waiting ---
 
@@ -243,10 +256,16 @@ class Assembly:
 
     @contextmanager
     def still(self) -> Iterator[None]:
-        """No rollout changes meanwhile: environments and rewards have come to rest, or failed. Engines must have been paused before."""
+        """No rollout gets ahead meanwhile. Engines must have been paused before.
+
+        Environments and rewards come to rest before it, or fail, or are too slow: what they are at then counts as not yet done.
+        """
+
+        def at_rest() -> bool:
+            return self._error is not None or not (self._answering or self._scoring or self._to_score())
+
         with self._changed:
-            while self._error is None and (self._answering or self._scoring or self._to_score()):
-                self._changed.wait(timeout=1.0)
+            self._changed.wait_for(at_rest, timeout=_COME_TO_REST)
             yield
 
     def _fail(self, error: BaseException) -> None:
@@ -257,6 +276,10 @@ class Assembly:
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+class _NotWanted(Exception):
+    """Nobody waits for these scores any more."""
 
 
 @dataclass(eq=False)

@@ -152,11 +152,18 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
-        """Replace all weights and forget everything computed with the old ones; later tokens carry ``version``.
+        """Replace all weights and forget everything computed with the old ones; later tokens carry ``version``. Wakes who sleeps.
 
         Raises:
             ValueError: the names or shapes are not those of the engine's model; nothing was loaded.
             WeightProofError: what arrived, or what the model holds now, is not what was sent.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give the accelerator's memory back, the weights' included, to whoever shares it, until ``load_weights`` brings new ones.
+
+        An engine that sleeps samples nothing (``Asleep``). To put it to sleep again does nothing.
         """
         ...
 
@@ -171,6 +178,13 @@ class Engine(Protocol):
     def close(self) -> None:
         """Stop every process this engine started. Safe to call twice."""
         ...
+
+
+class Asleep(RuntimeError):
+    """What an engine raises that was asked for completions while it sleeps."""
+
+    def __init__(self, message: str = "this engine is asleep: it has given its memory back\n  → load_weights wakes it") -> None:
+        super().__init__(message)
 
 
 class Serving(ABC):
@@ -210,6 +224,10 @@ class ServedEngine(Serving):
     @abstractmethod
     def close(self) -> None:
         """See ``Engine``."""
+
+    def sleep(self) -> None:
+        """See ``Engine``. An engine that cannot give memory back must not seem to."""
+        raise NotImplementedError(f"{type(self).__name__} cannot sleep: it has no way to give its memory back")
 
     def forget(self) -> None:
         """Drop what is kept of earlier requests, so that it cannot change the last bit of later log-probs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ class Source(Protocol):
     @property
     def problems(self) -> Sequence[Problem]: ...
 
-    def take(self, count: int) -> Sequence[Problem]: ...
+    def take(self, count: int, besides: Collection[str] = ()) -> Sequence[Problem]: ...
 
 
 @dataclass(kw_only=True)
@@ -75,9 +75,9 @@ class Collector:
     timings: dict[str, float] = field(default_factory=dict)
     _used: int = 0  # problems of the source whose groups were trained on
 
-    def take(self, count: int) -> Sequence[Problem]:
-        """The next problems."""
-        return self.source.take(count)
+    def take(self, count: int, besides: Collection[str] = ()) -> Sequence[Problem]:
+        """The next problems but those with these ids; see ``ProblemSource``."""
+        return self.source.take(count, besides)
 
     def collect(self, problems: Sequence[Problem], step: int) -> tuple[Group, ...]:
         """Scored groups of the problems, in their order.

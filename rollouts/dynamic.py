@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from grpo.types import Group, Problem
@@ -22,7 +22,7 @@ class Draw:
 
 def draw_groups(
     collect: Callable[[Sequence[Problem]], Sequence[Group]],
-    take: Callable[[int], Sequence[Problem]],
+    take: Callable[[int, Collection[str]], Sequence[Problem]],
     has_signal: Callable[[Group], bool],
     wanted: int,
     rounds: int,
@@ -30,11 +30,11 @@ def draw_groups(
     """Groups for one step.
 
     Every round draws as many problems as are missing, so that no group with signal is thrown away. What the last round gives is kept as
-    it is; where the data has no problem left that this step has not seen, the batch stays smaller.
+    it is; where the data has no problem left that this step has not drawn, the batch stays smaller. An epoch may end in the middle.
 
     Args:
         collect: problems → their scored groups.
-        take: the next so many problems.
+        take: the next so many problems but those with these ids, which this step has drawn already.
         has_signal: whether a group's rewards differ.
         wanted: groups in the batch.
         rounds: at most so many; 1 is ordinary sampling.
@@ -43,7 +43,7 @@ def draw_groups(
     dropped: list[Group] = []
     seen: set[str] = set()
     for number in range(1, rounds + 1):
-        problems = [problem for problem in take(wanted - len(kept)) if problem.id not in seen]
+        problems = take(wanted - len(kept), seen)
         if not problems:
             break
         seen |= {problem.id for problem in problems}

@@ -38,6 +38,7 @@ class Environment(Protocol):
 
     ``timeout_s``  seconds that one call of it may take (default ``grpo.rollouts.episode.TIMEOUT_S``); None: it answers at once.
     ``max_turns``  turns of the policy, after which the rollout counts as cut off (default ``grpo.rollouts.episode.MAX_TURNS``).
+    ``score_names``  what its scores are called, all of them; ``environment.weights`` may then name no other.
     ``stop``       strings that ``rollout.stop`` must hold, so that the policy stops where it wants an answer.
     ``cut_off()``  called, and returning ``Done``, when a limit ends the rollout before the environment did.
     ``close_shared()``  of the class, without arguments: called when the run ends, for what all its instances share.
@@ -56,6 +57,7 @@ class SingleTurn:
     """One prompt, one completion; the reward parts judge it."""
 
     timeout_s = None
+    score_names = ()
 
     def start(self, problem: Problem) -> Sequence[Message]:
         return (Message("text", problem.prompt),)

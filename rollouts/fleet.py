@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from grpo.rollouts.actor import Born, Look
-from grpo.rollouts.base import Finished, ServedEngine, SyncReport
+from grpo.rollouts.base import Asleep, Finished, ServedEngine, SyncReport
 from grpo.rollouts.faults import Restarts
 from grpo.rollouts.proof import check_sent
 from grpo.rollouts.schedule import Handout
@@ -37,7 +37,7 @@ class Fleet:
     """See the module's text. Its parts take turns in the caller's thread: nothing happens but within ``turn``.
 
     Args:
-        new_actor: makes a process.
+        new_actor: makes the process of the engine with this number, the first one and those that replace it.
         factory: makes an engine; called inside the process.
         kwargs: its arguments.
         hang_timeout, start_timeout, max_restarts, restart_window: see ``EnginePool``.
@@ -47,7 +47,7 @@ class Fleet:
         self,
         *,
         num_engines: int,
-        new_actor: Callable[[], ActorHandle[Any]],
+        new_actor: Callable[[int], ActorHandle[Any]],
         factory: Callable[..., ServedEngine],
         kwargs: Mapping[str, Any],
         hang_timeout: float,
@@ -102,6 +102,14 @@ class Fleet:
         if all(slot.state is State.gone for slot in self.slots):
             raise RuntimeError(f"no engine of this pool is left: each died too often\n  → {_REMEDY}")
 
+    def check_awake(self) -> None:
+        if self.sent is None and any(slot.asleep for slot in self.slots):
+            raise Asleep
+
+    def awake(self) -> list[Slot]:
+        """Those that have memory, or will have when they have started."""
+        return [slot for slot in self.slots if slot.state is not State.gone and not slot.asleep]
+
     def turn(self) -> Finished:
         """Wait for something to happen, a moment at the most, and deal with it. Returns what was finished."""
         import ray
@@ -152,12 +160,15 @@ class Fleet:
     def load(self, slot: Slot, sent: Sent) -> None:
         slot.load(self._number(), self._hang_timeout, sent)
 
+    def put_to_sleep(self, slot: Slot) -> None:
+        slot.sleep(self._number(), self._hang_timeout)
+
     def _number(self) -> int:
         self._calls += 1
         return self._calls
 
     def _launch(self, slot: Slot) -> None:
-        slot.launch(self._new_actor(), self._start_timeout if self._started else math.inf, self._factory, self._kwargs)
+        slot.launch(self._new_actor(slot.number), self._start_timeout if self._started else math.inf, self._factory, self._kwargs)
 
     def _reload(self, slot: Slot, sent: Sent) -> None:
         """Give an engine the weights that the others have."""
@@ -195,7 +206,7 @@ class Fleet:
                 finished = [entry for entry in value.finished if self.handout.finish(slot.number, entry[0])]
         elif isinstance(value, SyncReport):
             assert slot.holds is not None
-            slot.report = value
+            slot.report, slot.asleep = value, False
             check_sent(slot.holds.arrivals.digests, slot.holds.version, value, f"engine {slot.number} of {len(self.slots)}")
         elif isinstance(value, list):
             slot.answer = value
@@ -239,10 +250,12 @@ class Fleet:
         import ray
 
         self.counts["hung"] += 1
-        doing, seconds = slot.state.name, self._start_timeout if slot.state is State.starting else self._hang_timeout
+        why = f"it hung: no step for {self._hang_timeout:g} s (rollout.hang_timeout_s) while {slot.state.name}"
+        if slot.state is State.starting:
+            why = f"it has not started after {self._start_timeout:g} s (start_timeout of EnginePool)"
         if slot.born is not None and slot.born.node == ray.get_runtime_context().get_node_id():
             os.kill(slot.born.pid, signal.SIGKILL)  # a stopped process does not hear ray
-        self._lost(slot, f"it hung: no step for {seconds:g} s while {doing}")
+        self._lost(slot, why)
 
 
 def raise_own(error: Any) -> NoReturn:

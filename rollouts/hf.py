@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.rollouts.base import (
+    Asleep,
     Begun,
     Close,
     Feed,
@@ -68,6 +69,7 @@ class HFEngine(ServedEngine):
         elif tokenizer is None:
             raise ValueError("a loaded model brings no tokenizer with it; pass tokenizer=")
         self._model: PreTrainedModel | None = model.eval()
+        self._device, self._asleep = model.device, False
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._end_ids = _end_ids(model, tokenizer)
@@ -78,6 +80,8 @@ class HFEngine(ServedEngine):
         return self._batch_size
 
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+        if self._asleep:
+            raise Asleep
         limit = getattr(self._running.config, "max_position_embeddings", None) or 2**31
         waiting: deque[Job] = deque()
         batch: _Batch | None = None
@@ -108,10 +112,11 @@ class HFEngine(ServedEngine):
         parameters = dict(model.named_parameters())
         tied_head = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
         check_weights(stream.specs, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, optional=tied_head)
+        model.to(self._device)
         arrivals = Arrivals(dtypes={name: parameter.dtype for name, parameter in parameters.items()})
         model.load_state_dict(dict(arrivals.passing(stream)), strict=False)  # the names are checked; not strict, as tied ones come once
         read_back = arrivals.check_held({name: [digest_of_values(parameter)] for name, parameter in parameters.items()})
-        self._version = version
+        self._version, self._asleep = version, False
         return SyncReport(
             version=version,
             digests=arrivals.digests,
@@ -119,6 +124,15 @@ class HFEngine(ServedEngine):
             seconds=time.monotonic() - start,
             read_back=read_back,
         )
+
+    def sleep(self) -> None:
+        """The model moves into the host's memory; on a CPU it is there already."""
+        import torch
+
+        self._running.to("cpu")
+        self._asleep = True
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         self._model = None

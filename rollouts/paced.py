@@ -1,7 +1,7 @@
-"""Asynchronous training by pacing: sampling runs ahead of the updates, and never further than it may.
+"""Asynchronous training by pacing: sampling runs ahead of training, and never further than it may.
 
 At most ``max_staleness`` batches of groups are begun beyond the one that the trainer waits for, and the trainer takes groups in the
-order in which they were begun. So a group begun under version v of the weights is trained on by update v + 1 + max_staleness at the
+order in which they were begun. So a group begun under version v of the weights is trained on by step v + 1 + max_staleness at the
 latest, nothing that was sampled is thrown away, and which problems make a batch does not depend on how long their answers are:
 discarding what is late, or taking first what is first finished, would starve the long and hard ones.
 
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo.config import ConfigError
@@ -27,6 +28,15 @@ from grpo.types import Group, Problem
 _IDLE = 0.02  # seconds an engine that has nothing to sample waits before it looks again
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """What a state is made of; one value, so that an interruption finds all of it old or all of it new."""
+
+    groups: tuple[GroupInMaking, ...] = ()  # begun and not yet trained on, in order: first those that were taken
+    count: int = 0  # groups begun since the run's start
+    position: int  # in the data, behind all that was begun
+
+
 class PacedCollector:
     """A collector whose engines sample in the background, from the first ``take`` until ``close``.
 
@@ -37,9 +47,7 @@ class PacedCollector:
         max_staleness: batches that may be begun ahead of the one that is waited for; 1 or more.
     """
 
-    def __init__(
-        self, *, groups: Groups, source: Source, batch: int, max_staleness: int, progress: Progress | None = None
-    ) -> None:
+    def __init__(self, *, groups: Groups, source: Source, batch: int, max_staleness: int, progress: Progress | None = None) -> None:
         if max_staleness < 1:
             raise ValueError(f"max_staleness is {max_staleness}; sampling ahead begins at 1, and 0 is what Collector does")
         if batch > len(source.problems):
@@ -48,10 +56,8 @@ class PacedCollector:
         self._groups, self._source, self._progress = groups, source, progress
         self._ahead = batch * max_staleness
         self._batch = batch
-        self._begun = 0  # groups, since the run's start
-        self._under_way: list[GroupInMaking] = []  # begun and not yet trained on, in order: first those that were taken
+        self._begun = _Begun(position=source.position)
         self._num_taken = 0
-        self._position = source.position  # in the data, behind all that was begun
         self._restored: list[GroupInMaking] = []  # of a checkpoint: they wait for the first ``take``, when the weights are there
         self.timings: dict[str, float] = {}
         self._assembly = groups.assembly()
@@ -60,7 +66,7 @@ class PacedCollector:
         self._parked = False
         self._closed = False
         self._error: BaseException | None = None
-        self._idle = 0.0  # seconds in which engines had nothing to sample, since the last update
+        self._idle = 0.0  # seconds in which engines had nothing to sample, since the last step
         self._idle_share = 0.0  # of the step before
         self._idle_from: float | None = None  # when an idle engine asked last, and got nothing
         self._since = time.monotonic()
@@ -69,8 +75,11 @@ class PacedCollector:
 
     # --- what the loop asks for ---
 
-    def take(self, count: int) -> Sequence[Problem]:
-        """The next problems, in the order in which they were begun; as many as may be are begun behind them."""
+    def take(self, count: int, besides: Collection[str] = ()) -> Sequence[Problem]:
+        """The next problems, in the order in which they were begun; as many as may be are begun behind them.
+
+        ``besides`` were taken and not trained on, so they are not begun again anyway.
+        """
         first = self._num_taken
         self._begin(first + count + self._ahead)
         self._num_taken = min(first + count, len(self._under_way))
@@ -94,7 +103,7 @@ class PacedCollector:
 
     def used(self) -> None:
         """All that was taken is trained on: from now on ``state`` does not bring it back."""
-        del self._under_way[: self._num_taken]
+        self._begun = replace(self._begun, groups=self._under_way[self._num_taken :])
         self._num_taken = 0
         with self._state:
             now = time.monotonic()
@@ -121,6 +130,10 @@ class PacedCollector:
             with self._state:
                 self._pause = False
                 self._state.notify_all()
+
+    @property
+    def _under_way(self) -> tuple[GroupInMaking, ...]:
+        return self._begun.groups
 
     def metrics(self) -> dict[str, float]:
         """The share of the last step's time in which the engines had nothing to sample, and how much is under way."""
@@ -179,15 +192,12 @@ class PacedCollector:
         """Have ``wanted`` groups under way. A problem that is under way already is not begun a second time."""
         self._check()
         fresh, self._restored = self._restored, []
-        ids = {group.problem.id for group in self._under_way}
-        while len(self._under_way) < wanted and len(ids) < len(self._source.problems):
-            (problem,) = self._source.take(1)
-            if problem.id not in ids:
-                ids.add(problem.id)
-                fresh.append(self._groups.begin(problem, 1 + self._begun // self._batch))
-                self._under_way.append(fresh[-1])
-                self._begun += 1
-            self._position = self._source.position
+        begun, missing = self._begun, min(wanted, len(self._source.problems)) - len(self._under_way)
+        if missing > 0:
+            problems = self._source.take(missing, {group.problem.id for group in begun.groups})
+            more = [self._groups.begin(problem, 1 + number // self._batch) for number, problem in enumerate(problems, begun.count)]
+            self._begun = _Begun(groups=(*begun.groups, *more), count=begun.count + len(more), position=self._source.position)
+            fresh += more
         self._assembly.open(fresh)
 
     # --- checkpoints ---
@@ -196,17 +206,17 @@ class PacedCollector:
         """What a checkpoint holds: the place in the data, and every group begun and not yet trained on, with what there is of it."""
         with self._paused(), self._assembly.still():  # also when something has failed: what there is can be saved
             groups = [saved(group) for group in self._under_way]
-        return {"position": self._position, "begun": self._begun, "groups": groups}
+        return {"position": self._begun.position, "begun": self._begun.count, "groups": groups}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; before the first ``take``."""
-        self._source.position = self._position = state["position"]
-        self._begun = state.get("begun", 0)  # a run that has sampled on-policy until now has nothing under way
+        self._source.position = state["position"]
         by_id = {problem.id: problem for problem in self._source.problems}
         groups = []
         for plain in state.get("groups", ()):
             group = self._groups.begin(by_id[plain["problem"]], plain["step"])
             put_back(group, plain)
             groups.append(group)
-        self._under_way += groups
+        # a run that has sampled on-policy until now has nothing under way
+        self._begun = _Begun(groups=tuple(groups), count=state.get("begun", 0), position=state["position"])
         self._restored = groups

@@ -17,15 +17,15 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from grpo.rollouts import flat
 from grpo.rollouts.transfer import Parcel
 from grpo.rollouts.weights import Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ALIGNED = 16  # bytes: a view of any type may begin there
 _FOR_EVER = timedelta(days=1000)
 _REQUESTS = "requests"  # a queue in the store: LINE NUMBER, or nothing at the end
 _LOG = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class PeerToPeer:
     def send(self, tensors: Mapping[str, Tensor]) -> Parcel:
         number = next(self._numbers)
         specs = {name: Spec.of(tensor) for name, tensor in tensors.items()}
-        self._kept[number] = _joined(tensors, specs)
+        self._kept[number] = flat.joined(tensors, specs)
         return _Asked(self._place, number, specs)
 
     def discard(self, parcels: Sequence[Parcel]) -> None:
@@ -123,9 +123,10 @@ class _Asked:
     place: _Place
     number: int
     specs: Mapping[str, Spec]
+    opens_anywhere: ClassVar[bool] = True
 
     def open(self) -> Mapping[str, Tensor]:
-        return _parted(_line(self.place).receive(self.number, _size(self.specs)), self.specs)
+        return flat.parted(_line(self.place).receive(self.number, flat.size(self.specs)), self.specs)
 
 
 class _Line:
@@ -163,37 +164,3 @@ def _done(work: Any, tensor: Tensor) -> None:
     work.wait()
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)  # NCCL's wait holds up a stream, not this thread
-
-
-def _places(specs: Mapping[str, Spec]) -> dict[str, tuple[int, int]]:
-    """Where each tensor's bytes begin and end in a parcel."""
-    import torch
-
-    found, end = {}, 0
-    for name, spec in specs.items():
-        start = -(-end // _ALIGNED) * _ALIGNED
-        end = start + torch.Size(spec.shape).numel() * getattr(torch, spec.dtype).itemsize
-        found[name] = (start, end)
-    return found
-
-
-def _size(specs: Mapping[str, Spec]) -> int:
-    return max((end for _, end in _places(specs).values()), default=0)
-
-
-def _joined(tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> Tensor:
-    """A copy of all of them as one tensor of bytes, where they are."""
-    import torch
-
-    parcel = torch.empty(_size(specs), dtype=torch.uint8, device=next(iter(tensors.values())).device)
-    for name, (start, end) in _places(specs).items():
-        parcel[start:end].copy_(tensors[name].detach().contiguous().view(-1).view(torch.uint8))
-    return parcel
-
-
-def _parted(parcel: Tensor, specs: Mapping[str, Spec]) -> dict[str, Tensor]:
-    """Views into it."""
-    import torch
-
-    places = _places(specs).items()
-    return {name: parcel[start:end].view(getattr(torch, specs[name].dtype)).view(specs[name].shape) for name, (start, end) in places}

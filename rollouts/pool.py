@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.rollouts.actor import CONCURRENCY, EngineActor, engine_environment
 from grpo.rollouts.base import Close, Feed, Finished, ServedEngine, Serving, SyncReport, Weights
 from grpo.rollouts.fleet import Fleet
+from grpo.rollouts.placement import Place
 from grpo.rollouts.schedule import Handout, Schedule, make_handout
 from grpo.rollouts.slot import Sent, Slot, State
 from grpo.rollouts.transfer import SharedMemory, Transfer, handfuls
@@ -69,7 +70,8 @@ class EnginePool(Serving):
     Args:
         num_engines: actors to start, all at the same time.
         cpus_per_engine: threads of each.
-        gpus_per_engine: GPUs of each.
+        gpus_per_engine: GPUs of each, which Ray gives it and nobody else.
+        places: where each engine runs, on GPUs that Ray has given to others: then it claims none.
         factory: makes an engine; called inside the actor.
         kwargs: its arguments.
         schedule: who samples what, ``free`` or ``fixed``; see ``grpo.rollouts.schedule``.
@@ -85,6 +87,7 @@ class EnginePool(Serving):
         num_engines: int,
         cpus_per_engine: int,
         gpus_per_engine: int = 0,
+        places: Sequence[Place] | None = None,
         factory: Callable[..., ServedEngine],
         kwargs: Mapping[str, Any] | None = None,
         schedule: Schedule | str = Schedule.free,
@@ -98,14 +101,22 @@ class EnginePool(Serving):
 
         if not ray.is_initialized():
             raise RuntimeError("ray is not running; call grpo.rollouts.pool.start_ray first")
+        if places is not None and (len(places) != num_engines or gpus_per_engine):
+            raise ValueError(f"{len(places)} places are not those of {num_engines} engines that claim {gpus_per_engine} GPUs each")
         _check_resources(ray.cluster_resources(), num_engines, cpus_per_engine, gpus_per_engine)
+        environment = engine_environment(cpus_per_engine)
         actor_class = ray.remote(
             num_cpus=cpus_per_engine,
             num_gpus=gpus_per_engine,
             concurrency_groups=CONCURRENCY,
-            runtime_env={"env_vars": engine_environment(cpus_per_engine)},
+            runtime_env={"env_vars": environment},
         )(EngineActor)
-        new_actor: Callable[[], ActorHandle[Any]] = actor_class.remote
+
+        def new_actor(number: int) -> ActorHandle[Any]:
+            options = {} if places is None else places[number].options(environment)
+            actor: ActorHandle[Any] = actor_class.options(**options).remote()
+            return actor
+
         self._num_engines = num_engines
         self._schedule = Schedule(schedule)
         self._transfer = transfer or SharedMemory()
@@ -130,6 +141,7 @@ class EnginePool(Serving):
         """
         fleet = self._fleet
         with self._user.doing("serve"):
+            fleet.check_awake()
             while not fleet.settled():
                 fleet.turn()
                 yield []
@@ -219,11 +231,32 @@ class EnginePool(Serving):
             num_engines=len(reports),
         )
 
+    def sleep(self) -> None:
+        """See ``Engine``. All engines that live are asleep when this returns: one that is being replaced is waited for, since its
+        memory is what the caller needs. The last weights are forgotten; an engine that starts after this waits awake for the next.
+        """
+        fleet = self._fleet
+        with self._user.doing("sleep"):
+            fleet.check_open()
+            before, fleet.sent = fleet.sent, None  # no engine is given these again
+            try:
+                while awake := fleet.awake():
+                    for slot in awake:
+                        if slot.state is State.idle:
+                            fleet.put_to_sleep(slot)
+                    fleet.turn()
+            except BaseException:  # those that sleep already are given the last weights again before they go on
+                fleet.sent = before
+                raise
+            if before is not None:
+                self._transfer.discard(before.parcels)
+
     def probe(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """See ``Engine``. An engine that dies over it has no list; there is at least one."""
         fleet = self._fleet
         answers: list[list[Completion]] = []
         with self._user.doing("probe"):
+            fleet.check_awake()
             while not answers:
                 fleet.settle()
                 asked = fleet.ready()

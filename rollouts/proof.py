@@ -77,24 +77,41 @@ def has_negative_zero(tensor: Tensor) -> bool:
     return int(tensor.detach().contiguous().view(integers).min()) == torch.iinfo(integers).min
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a tensor along one dimension. ``Part(0, 128, 64)``: rows 128 to 191."""
+
+    dim: int
+    start: int
+    length: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.narrow(self.dim, self.start, self.length)
+
+
 @dataclass(slots=True, kw_only=True)
 class Arrivals:
     """Notes on weights as they pass by on their way into a model.
 
     Args:
         dtypes: types the model holds its tensors in, where they may differ from those that come.
+        parts: what of them is read back, each a part of the one before, where that is not the whole.
     """
 
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)  # as it came
-    to_hold: dict[str, str] = field(default_factory=dict)  # the values as the model should hold them
+    to_hold: dict[str, str] = field(default_factory=dict)  # the values as they should be read back
     num_bytes: int = 0
 
     def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
-            held = tensor.to(self.dtypes.get(name, tensor.dtype))
+            held = tensor
+            for part in self.parts.get(name, ()):
+                held = part.of(held)
+            held = held.to(self.dtypes.get(name, tensor.dtype))
             self.digests[name] = digest(tensor)
-            same = held.dtype == tensor.dtype and not has_negative_zero(tensor)
+            same = held.shape == tensor.shape and held.dtype == tensor.dtype and not has_negative_zero(tensor)
             self.to_hold[name] = self.digests[name] if same else digest_of_values(held)
             self.num_bytes += tensor.numel() * tensor.element_size()
             yield name, tensor

@@ -63,6 +63,7 @@ class PythonTool:
         ValueError: an argument that cannot work.
     """
 
+    score_names = ()
     timeout_s = 600.0  # programs have a limit of their own; this leaves time to wait for a free process
 
     def __init__(

@@ -117,6 +117,8 @@ class RemoteRuntimes:
             while waiting or busy:
                 if self._closed:
                     raise RuntimeError("these reward runtimes were closed while they scored")
+                if progress is not None:
+                    progress(num_done, len(completions))
                 self._hand_out(waiting, busy, completions, problems)
                 for chunk, scores in self._take_back(waiting, busy):
                     for row, by_name in zip(chunk.rows, scores, strict=True):

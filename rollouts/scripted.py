@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.rollouts.base import (
+    Asleep,
     Begun,
     Close,
     Feed,
@@ -29,7 +30,6 @@ from grpo.types import Completion, FinishReason, Sampling
 Answer = Callable[[str, int, int], str]  # (text of the prompt, index of the completion, seed of the request) → its text
 
 
-_SLOTS = 16  # answers at the same time, a token each a step, as engines with a model do
 _LONGEST = 1 << 31  # tokens of prompt and answer: there is no model to have a limit
 
 
@@ -48,18 +48,25 @@ class ScriptedEngine(ServedEngine):
         tokenizer: encodes the answers and decodes the prompts; anything with ``encode``, ``decode`` and ``__len__``.
         answer: see ``Answer``. A text longer than ``max_new_tokens`` is cut and finishes with ``length``; otherwise the first stop
             string ends it, or the tokenizer's end token is appended.
+        slots: answers at the same time, a token each a step, as engines with a model do.
+        step_s: seconds that a step takes.
     """
 
-    def __init__(self, tokenizer: Any, answer: Answer = plausible_answer) -> None:
+    def __init__(self, tokenizer: Any, answer: Answer = plausible_answer, *, slots: int = 16, step_s: float = 0.0) -> None:
         self._tokenizer = tokenizer
         self._answer = answer
+        self._slots = slots
+        self._step_s = step_s
         self.loaded_versions: list[int] = []  # every version this engine was given, in order
+        self._asleep = False
 
     @property
     def slots(self) -> int:
-        return _SLOTS
+        return self._slots
 
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+        if self._asleep:
+            raise Asleep
         waiting: deque[Job] = deque()
         running: list[_Recital] = []
         more = True
@@ -76,6 +83,8 @@ class ScriptedEngine(ServedEngine):
                 waiting.extend(coming)
             while waiting and len(running) < self.slots:
                 running.append(self._recital(waiting.popleft(), sampling))
+            if running:
+                time.sleep(self._step_s)
             for recital in running:
                 recital.said = min(recital.said + 1, len(recital.token_ids))
             ended = [recital for recital in running if recital.said == len(recital.token_ids)]
@@ -89,9 +98,14 @@ class ScriptedEngine(ServedEngine):
         for _ in arrivals.passing(WeightStream.of(weights)):
             pass
         self.loaded_versions.append(version)
+        self._asleep = False
         return SyncReport(
             version=version, digests=arrivals.digests, num_bytes=arrivals.num_bytes, seconds=time.monotonic() - start, read_back=0
         )
+
+    def sleep(self) -> None:
+        """There is no memory to give back: it keeps the contract, and is silent until new weights come."""
+        self._asleep = True
 
     def close(self) -> None:
         """Nothing to stop."""

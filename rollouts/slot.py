@@ -27,11 +27,12 @@ class State(Enum):
     loading = auto()
     serving = auto()
     probing = auto()
+    falling_asleep = auto()
     gone = auto()
 
     @property
     def at_work(self) -> bool:
-        return self in (State.loading, State.serving, State.probing)
+        return self in (State.loading, State.serving, State.probing, State.falling_asleep)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -54,6 +55,7 @@ class Slot:
     actor: ActorHandle[Any] | None = None
     born: Born | None = None  # once it has started
     holds: Sent | None = None  # the weights it was last given
+    asleep: bool = False  # it gave its memory back, and holds none
     report: SyncReport | None = None
     answer: list[Completion] | None = None
     call: int = 0  # number of the call it works on
@@ -77,6 +79,11 @@ class Slot:
         """Have it load weights; their parcels are brought to it."""
         self.begin(call, State.loading, timeout, "load", sent.version, sent.specs)
         self.holds = sent
+
+    def sleep(self, call: int, timeout: float) -> None:
+        """Have it give its memory back."""
+        self.begin(call, State.falling_asleep, timeout, "sleep")
+        self.holds = None
 
     def bring(self, parcel: Any) -> None:
         """More for the call it works on."""
@@ -104,6 +111,7 @@ class Slot:
         else:
             self.ref = None
         if self.ref is None and self.look is None:
+            self.asleep = self.asleep or self.state is State.falling_asleep
             self.state = State.idle
 
     def abandon(self) -> None:
@@ -120,6 +128,7 @@ class Slot:
     def reset(self) -> None:
         """Its process is gone."""
         self.actor = self.born = self.holds = self.report = self.answer = self.ref = self.look = self.pulse = None
+        self.asleep = False
 
     def _call(self, group: str, method: str, *args: Any) -> ObjectRef[Any]:
         ref: ObjectRef[Any] = getattr(self.actor, method).options(concurrency_group=group).remote(*args)

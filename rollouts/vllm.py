@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.rollouts.base import Begun, Close, Feed, Finished, Job, ServedEngine, SyncReport, Weights, check_begun, check_lengths
-from grpo.rollouts.proof import Arrivals, WeightProofError
+from grpo.rollouts.base import Asleep, Begun, Close, Feed, Finished, Job, ServedEngine, SyncReport, Weights, check_begun, check_lengths
+from grpo.rollouts.proof import WeightProofError
 from grpo.rollouts.sampling import completion_key
+from grpo.rollouts.vllm_update import ENGINE_ARGS, WeightUpdates
 from grpo.rollouts.weights import Shapes, WeightStream, check_weights, checkpoint_shapes
 from grpo.types import Completion, FinishReason, Request, Sampling
 
@@ -29,6 +30,7 @@ _ENVIRONMENT = {  # read while vLLM is imported; what the user has set stays
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
     "VLLM_LOGGING_LEVEL": "ERROR",  # every start on a CPU warns of triton and tcmalloc
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # of several workers: vLLM wants a NUMA node for each, or is told not to bind their threads
 }
 _CPU_ARGUMENTS: Mapping[str, Any] = {
     "logits_processors": ["grpo.rollouts.counter_sampler:CounterSampler"],
@@ -38,6 +40,7 @@ _CPU_ARGUMENTS: Mapping[str, Any] = {
     # vLLM's 128 leaves up to 127 tokens of a shared prompt to be computed again for each sample: 200 prompt tokens and
     # 8 samples took 1.6 times as long.
     "block_size": 32,
+    "ir_op_priority": {name: ["cpu_kernel", "native"] for name in ("rms_norm", "fused_add_rms_norm")},  # see cpu_norms
 }
 _GPU_ARGUMENTS: Mapping[str, Any] = {"logprobs_mode": "processed_logprobs"}
 
@@ -63,6 +66,11 @@ class VLLMEngine(ServedEngine):
         revision: str | None = None,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
+        if taken := sorted(ENGINE_ARGS.keys() & (engine_args or {}).keys()):
+            raise ValueError(
+                f"rollout.engine_args has {' and '.join(taken)}: by these, new weights get into vLLM, and the engine sets them itself\n"
+                "  → leave them out"
+            )
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if Path(model_path).is_dir():
@@ -75,6 +83,8 @@ class VLLMEngine(ServedEngine):
             raise ImportError(f"the vLLM engine needs vLLM ({error})\n  → {remedy}") from error
 
         self._on_cpu = current_platform.is_cpu()
+        if self._on_cpu:
+            from grpo.rollouts import cpu_norms  # noqa: F401 – it registers itself
         arguments: dict[str, Any] = {
             "model": model_path,
             "max_model_len": max_model_len,
@@ -85,14 +95,15 @@ class VLLMEngine(ServedEngine):
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             **(_CPU_ARGUMENTS if self._on_cpu else _GPU_ARGUMENTS),
+            **ENGINE_ARGS,
             **(engine_args or {}),
         }
         self._llm: LLM | None = LLM(**arguments)
-        self._version = 0
+        self._version, self._asleep = 0, False
         self._expected = _expected_shapes(model_path, revision)
         self._tied_head = {"lm_head.weight"} if self._llm.model_config.hf_config.tie_word_embeddings else set()
         self._one_worker = self._llm.llm_engine.vllm_config.parallel_config.world_size == 1
-        self._held_dtypes: dict[str, Any] = self._llm.collective_rpc(_held_dtypes)[0] if self._one_worker else {}
+        self._updates = WeightUpdates(self._llm.collective_rpc, apart=not self._one_worker)
 
     @property
     def slots(self) -> int:
@@ -100,6 +111,8 @@ class VLLMEngine(ServedEngine):
         return slots
 
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
+        if self._asleep:
+            raise Asleep
         engine = self._running.llm_engine
         longest = self._running.model_config.max_model_len
         if sampling.truncates and self._on_cpu and not self._one_worker:
@@ -129,27 +142,54 @@ class VLLMEngine(ServedEngine):
 
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
         start = time.monotonic()
-        llm, stream = self._running, WeightStream.of(weights)
+        stream = WeightStream.of(weights)
         if self._expected is None:  # a checkpoint without safetensors: later weights are held against the first
             self._expected = {name: spec.shape for name, spec in stream.specs.items()}
         check_weights(stream.specs, self._expected, optional=self._tied_head)
-        arrivals = Arrivals(dtypes=self._held_dtypes)
-        passing = arrivals.passing(stream)
-        # Workers of their own get them all at once; a worker in this process, one after another as they come.
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": passing if self._one_worker else list(passing)})
-        if self._on_cpu and self._tied_head:
-            llm.collective_rpc(_repack_heads)
-        read_back = arrivals.check_held(llm.collective_rpc(_read_back)[0]) if self._one_worker else 0
+        self._wake("weights")
+        received = self._updates.load(stream)
+        self._wake("kv_cache")  # not before: weights take more memory while they are loaded
         self.forget()
         self._check_cache()
-        self._version = version
+        self._version, self._asleep = version, False
         return SyncReport(
             version=version,
-            digests=arrivals.digests,
-            num_bytes=arrivals.num_bytes,
+            digests=received.digests,
+            num_bytes=received.num_bytes,
             seconds=time.monotonic() - start,
-            read_back=read_back,
+            read_back=received.read_back,
         )
+
+    def sleep(self) -> None:
+        """Level 2: vLLM drops the weights, for new ones come before the next token. Its CUDA context and graphs stay.
+
+        Raises:
+            RuntimeError: it was started without ``enable_sleep_mode``, or on a CPU, where vLLM gives nothing back.
+        """
+        if not self._running.model_config.enable_sleep_mode:
+            raise RuntimeError(
+                "this vLLM engine cannot give its memory back: it was started without sleep mode\n"
+                "  → start it with enable_sleep_mode: true in rollout.engine_args, on a GPU; rollout.colocate=true does that"
+            )
+        if not self._asleep:
+            self._running.sleep(level=2)
+            self._asleep = True
+
+    def _wake(self, tag: str) -> None:
+        """Take one kind of memory back, ``weights`` or ``kv_cache``. What was in it is lost.
+
+        Raises:
+            RuntimeError: it is not free.
+        """
+        if not self._asleep:
+            return
+        try:
+            self._running.wake_up(tags=[tag])
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"vLLM could not take the memory of its {tag} back: {error}\n"
+                "  → beside what the trainer keeps on the GPU there is no room for it: lower gpu_memory_utilization in rollout.engine_args"
+            ) from error
 
     def forget(self) -> None:
         if not self._running.reset_prefix_cache():
@@ -276,31 +316,6 @@ class _Draft:
 
     def completion(self, output: CompletionOutput, version: int) -> Completion:
         return self.job.completion(self.so_far(version), output.text, _finish_reason(output.finish_reason))
-
-
-def _held_dtypes(worker: Any) -> dict[str, Any]:
-    from grpo.rollouts import readback  # imports vLLM
-
-    return readback.held_dtypes(worker)
-
-
-def _read_back(worker: Any) -> dict[str, list[str]]:
-    from grpo.rollouts import readback
-
-    return readback.read_back(worker)
-
-
-def _repack_heads(worker: Any) -> None:
-    """Bring a tied head up to date; runs in vLLM's worker.
-
-    The CPU build computes with packed copies of the weights. Reloading packs again what it has loaded, and a tied head is never
-    loaded: it shares the embedding's new values, and would go on computing with a packed copy of the old ones.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in worker.get_model().modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
 
 
 def _finish_reason(reason: str | None) -> FinishReason:

@@ -69,16 +69,37 @@ class WeightStream:
         Raises:
             ValueError: one that was not announced, or that came twice, or has another shape or type, or did not come.
         """
-        left = dict(self.specs)
+        announced = Announced(self.specs)
         for name, tensor in self._tensors:
-            announced = left.pop(name, None)
-            if announced is None:
-                raise ValueError(f"the tensor {name!r} came twice" if name in self.specs else f"the tensor {name!r} was not announced")
-            if Spec.of(tensor) != announced:
-                raise ValueError(f"the tensor {name!r} was announced as {announced} and came as {Spec.of(tensor)}")
+            announced.check(name, tensor)
             yield name, tensor
-        if left:
-            raise ValueError(f"{len(left)} tensors were announced and did not come: {shown(left)}")
+        announced.check_all_came()
+
+
+class Announced:
+    """What will come, ticked off as it comes."""
+
+    def __init__(self, specs: Mapping[str, Spec]) -> None:
+        self._specs, self._left = specs, dict(specs)
+
+    def check(self, name: str, tensor: Tensor) -> None:
+        """Take the next one.
+
+        Raises:
+            ValueError: it was not announced, or came twice, or has another shape or type.
+        """
+        announced = self._left.pop(name, None)
+        if announced is None:
+            raise ValueError(f"the tensor {name!r} came twice" if name in self._specs else f"the tensor {name!r} was not announced")
+        if Spec.of(tensor) != announced:
+            raise ValueError(f"the tensor {name!r} was announced as {announced} and came as {Spec.of(tensor)}")
+
+    def check_all_came(self) -> None:
+        """Raises:
+        ValueError: one did not come.
+        """
+        if self._left:
+            raise ValueError(f"{len(self._left)} tensors were announced and did not come: {shown(self._left)}")
 
 
 def shown(names: Collection[str]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports these libraries: they read the environment once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,3 +56,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     from grpo.models import resolve_model
 
     return resolve_model("make:grpo.tiny.digits_model", cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model: str) -> Any:
+    """Of the tiny model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """A model this small only loses by a second thread, and on a busy machine it loses a hundredfold."""
+    import torch
+
+    set_num_threads, before = torch.set_num_threads, torch.get_num_threads()  # vLLM's CPU build replaces the function
+    set_num_threads(1)
+    yield
+    torch.set_num_threads = set_num_threads
+    set_num_threads(before)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -22,6 +23,7 @@ from typing import Any
 # Where a phase begins: the function whose calls are counted. The reward's moments are in the reward function of the test.
 PHASES = {
     "generation": "grpo.rollouts.collect:Collector.collect",  # of training; nearly all of it is sampling
+    "generation/ahead": "grpo.rollouts.paced:PacedCollector.collect",  # sampling goes on outside it too
     "update": "grpo.learner:Learner.learn",
     "sync/hf": "grpo.rollouts.hf:HFEngine.load_weights",
     "sync/scripted": "grpo.rollouts.scripted:ScriptedEngine.load_weights",
@@ -35,8 +37,8 @@ PHASES = {
 class Kill:
     """SIGKILL for the whole session in call ``call`` (from 1) of a phase's function, ``share`` of the way through it.
 
-    How long a call takes is told by the one before, so a moment in the middle is a random one. 0 is before it begins, 1 after it has
-    returned.
+    How long a call takes is told by the quickest before it, so a moment in the middle is a random one. 0 is before it begins, 1 after
+    it has returned.
     """
 
     phase: str
@@ -55,9 +57,10 @@ class Runs:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment
         )
 
-    def run(self, *words: str, kill: Kill | None = None) -> int:
+    def run(self, *words: str, kill: Kill | None = None, pool: int = 0) -> int:
+        """``pool``: of so many engines, instead of one in the trainer's process."""
         assert self._process.stdin and self._process.stdout
-        job = {"words": words, "kill": asdict(kill) if kill else None, "log": str(self.log)}
+        job = {"words": words, "kill": asdict(kill) if kill else None, "log": str(self.log), "pool": pool}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
@@ -76,12 +79,12 @@ def serve(jobs: Iterator[str]) -> None:
         job = json.loads(line)
         child = os.fork()
         if child == 0:
-            run(job["words"], Kill(**job["kill"]) if job["kill"] else None, job["log"])
+            run(job["words"], Kill(**job["kill"]) if job["kill"] else None, job["log"], job["pool"])
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def run(words: Sequence[str], kill: Kill | None, log: str) -> None:
+def run(words: Sequence[str], kill: Kill | None, log: str, pool: int) -> None:
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -91,13 +94,33 @@ def run(words: Sequence[str], kill: Kill | None, log: str) -> None:
     try:
         from grpo.cli import main
 
+        if pool:
+            sample_in_a_pool(pool)
         if kill is not None:
             arm(kill)
         status = main(list(words))
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def sample_in_a_pool(num_engines: int) -> None:
+    """Of transformers: a recipe makes pools of vLLM alone, which take half a minute to start."""
+    from grpo import build, parts
+    from grpo.rollouts.hf import HFEngine
+    from grpo.rollouts.pool import EnginePool
+
+    def make_engine(config: Any, folder: str, tokenizer: Any, where: Any, stack: Any, stop: Any, *_: Any) -> EnginePool:
+        parts.need_ray(config, where, stack, stop)
+        kwargs = {"model": folder, "dtype": where.dtype_name}
+        pool = EnginePool(num_engines=num_engines, cpus_per_engine=1, factory=HFEngine, kwargs=kwargs, schedule="free")
+        stack.callback(pool.close)
+        return pool
+
+    build.make_engine = make_engine
 
 
 def arm(kill: Kill) -> None:
@@ -107,19 +130,20 @@ def arm(kill: Kill) -> None:
     for part in classes:
         owner = getattr(owner, part)
     plain: Callable[..., Any] = getattr(owner, name)
-    count, before = 0, 0.0
+    count, quickest = 0, 0.0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count, before
+        nonlocal count, quickest
         count += 1
         if count == kill.call:
             if kill.share == 0:
                 die()
             if kill.share < 1:
-                threading.Timer(kill.share * before, die).start()
+                threading.Timer(kill.share * quickest, die).start()
         start = time.monotonic()
         result = plain(*args, **kwargs)
-        before = time.monotonic() - start
+        took = time.monotonic() - start
+        quickest = took if count == 1 else min(quickest, took)
         if count == kill.call and kill.share == 1:
             die()
         return result

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 from grpo import checkpoint, randomness
 from grpo.config import ConfigError
-from grpo.run import RunFolder, StorageError
+from grpo.run import RunFolder
+from grpo.storage import StorageError
 
 
 class Numbers:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,88 +19,42 @@ import pytest
 from grpo.config import ConfigError
 from grpo.data import ProblemSource
 from grpo.metrics import staleness_metrics
+from grpo.rollouts import assembly
 from grpo.rollouts.assembly import ScoreWhen
-from grpo.rollouts.base import Begun, Close, Feed, Finished, Job, ServedEngine, SyncReport, Weights
+from grpo.rollouts.base import Close, Feed, Finished, Job, Progress, ServedEngine
 from grpo.rollouts.collect import Collector, Groups, collect, request_seed
+from grpo.rollouts.dialogue import PlainText
 from grpo.rollouts.environments import Done, Environment, Message, SingleTurn
 from grpo.rollouts.paced import PacedCollector
-from grpo.types import Completion, FinishReason, Group, Problem, Sampling, Score
+from grpo.rollouts.scripted import ScriptedEngine
+from grpo.toy import Characters
+from grpo.types import Completion, Group, Problem, Sampling, Score
 
 SAMPLES = 3
 WEIGHTS = {"length": 1.0}
 
 
-class Letters:
-    """A dialogue of one token a letter."""
-
-    def opening(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        return tuple(map(ord, messages[0].content))
-
-    def reply(self, messages: Sequence[Message], turn: Completion) -> tuple[int, ...]:
-        raise AssertionError("there is one turn")
-
-
-class TokenEngine(ServedEngine):
+class TokenEngine(ScriptedEngine):
     """A token a step for each of ``width`` jobs. How long a completion becomes depends on its problem and index; a few are very long."""
 
     def __init__(self, width: int = 4, step_s: float = 0.0) -> None:
-        self.width, self.step_s, self.version, self.steps = width, step_s, 0, 0
+        super().__init__(Characters(), slots=width, step_s=step_s, answer=lambda prompt, index, seed: counting(length(prompt, index)))
+        self.steps = 0
 
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
-        waiting: list[Job] = []
-        running: dict[int, tuple[Job, list[int], list[int]]] = {}
-        while True:
-            jobs = feed(not running and not waiting)
-            if jobs is Close.pause:
-                begun: Finished = [(number, _begun(tokens, versions)) for number, (_, tokens, versions) in running.items()]
-                yield begun + [(job.number, job.begun) for job in waiting]
-                return
-            if isinstance(jobs, Close):
-                if not running and not waiting:
-                    return
-            else:
-                waiting += jobs
-            while waiting and len(running) < self.width:
-                job = waiting.pop(0)
-                running[job.number] = (job, list(job.begun.token_ids), list(job.begun.policy_versions))
-            finished: Finished = []
-            for number, (job, tokens, versions) in list(running.items()):
-                tokens.append(len(tokens))
-                versions.append(self.version)
-                if len(tokens) >= length(job.request.problem_id, job.index):
-                    del running[number]
-                    finished.append((number, _completion(job, tokens, versions)))
+        for finished in super().serve(feed, sampling):
             self.steps += 1
-            time.sleep(self.step_s)
             yield finished
 
-    def load_weights(self, weights: Weights, version: int) -> SyncReport:
-        self.version = version
-        return SyncReport(version=version, digests={}, num_bytes=0, seconds=0.0, read_back=0)
 
-    def close(self) -> None: ...
+def counting(tokens: int) -> str:
+    """A text whose tokens are 0, 1, 2, …"""
+    return "".join(map(chr, range(tokens)))
 
 
 def length(problem: str, index: int) -> int:
     rng = random.Random(f"{problem}/{index}")
     return 60 if rng.random() < 0.1 else rng.randint(1, 8)
-
-
-def _begun(tokens: list[int], versions: list[int]) -> Begun:
-    return Begun(token_ids=tuple(tokens), logprobs=(-1.0,) * len(tokens), policy_versions=tuple(versions))
-
-
-def _completion(job: Job, tokens: list[int], versions: list[int]) -> Completion:
-    return Completion(
-        problem_id=job.request.problem_id,
-        index=job.index,
-        prompt_ids=job.request.prompt_ids,
-        token_ids=tuple(tokens),
-        text="x" * len(tokens),
-        logprobs=(-1.0,) * len(tokens),
-        policy_versions=tuple(versions),
-        finish_reason=FinishReason.stop,
-    )
 
 
 class Lengths:
@@ -108,7 +64,9 @@ class Lengths:
         self.calls: list[list[tuple[str, int]]] = []
         self.delay = 0.0
 
-    def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
+    def score(
+        self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
+    ) -> list[dict[str, Score]]:
         assert [c.problem_id for c in completions] == [p.id for p in problems]
         self.calls.append([(c.problem_id, c.index) for c in completions])
         time.sleep(self.delay)
@@ -116,12 +74,12 @@ class Lengths:
 
 
 def problems(count: int) -> list[Problem]:
-    return [Problem(id=f"p{i}", prompt=f"prompt {i}", answer="") for i in range(count)]
+    return [Problem(id=f"p{i}", prompt=f"p{i}", answer="") for i in range(count)]
 
 
 def groups_of(engine: ServedEngine, runtime: Any, **changes: Any) -> Groups:
     settings = {"sampling": Sampling(max_new_tokens=100), "completions_per_problem": SAMPLES, "weights": WEIGHTS, "seed": 0}
-    return Groups(engine=engine, runtime=runtime, dialogue=Letters(), **(settings | changes))
+    return Groups(engine=engine, runtime=runtime, dialogue=PlainText(Characters()), **(settings | changes))
 
 
 def check_whole(found: Sequence[Group], wanted: Sequence[Problem]) -> None:
@@ -158,7 +116,7 @@ def test_rewards_begin_while_the_rest_is_still_being_sampled() -> None:
     sampled_before: list[int] = []
     score, asked = runtime.score, threading.Event()
 
-    def noted(completions: Sequence[Completion], of: Sequence[Problem]) -> list[dict[str, Score]]:
+    def noted(completions: Sequence[Completion], of: Sequence[Problem], progress: Progress | None = None) -> list[dict[str, Score]]:
         sampled_before.append(engine.steps)
         asked.set()
         return score(completions, of)
@@ -179,7 +137,9 @@ def test_rewards_begin_while_the_rest_is_still_being_sampled() -> None:
 
 def test_what_a_reward_raises_ends_the_call() -> None:
     class Broken(Lengths):
-        def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
+        def score(
+            self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
+        ) -> list[dict[str, Score]]:
             raise RuntimeError("reward workers do not start")
 
     with pytest.raises(RuntimeError, match="reward workers do not start"):
@@ -378,7 +338,9 @@ def test_metrics_say_how_busy_the_engines_were() -> None:
 
 def test_a_reward_that_breaks_ends_the_run_and_loses_nothing_that_was_sampled() -> None:
     class Breaks(Lengths):
-        def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
+        def score(
+            self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
+        ) -> list[dict[str, Score]]:
             if len(self.calls) == 2:
                 raise RuntimeError("reward workers do not start")
             return super().score(completions, problems)
@@ -396,7 +358,9 @@ def test_a_reward_that_breaks_ends_the_run_and_loses_nothing_that_was_sampled() 
 
 def test_what_could_not_be_scored_is_scored_again_after_a_resume() -> None:
     class Blind(Lengths):
-        def score(self, completions: Sequence[Completion], problems: Sequence[Problem]) -> list[dict[str, Score]]:
+        def score(
+            self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
+        ) -> list[dict[str, Score]]:
             return [{"length": Score(value=math.nan)} for _ in super().score(completions, problems)]
 
     with closing(paced(TokenEngine(), Blind(), 1)) as collector:
@@ -434,10 +398,6 @@ def test_in_lockstep_turns_are_sampled_in_order_whoever_answers_first() -> None:
             time.sleep(0.05 * (3 - self.number))
             return Done() if self.turns == 2 or self.number == 0 else (Message("text", "and?"),)
 
-    class Asks(Letters):
-        def reply(self, messages: Sequence[Message], turn: Completion) -> tuple[int, ...]:
-            return (1,)
-
     class Notes(TokenEngine):
         def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
             def noted(idle: bool) -> Sequence[Job] | Close:
@@ -450,9 +410,140 @@ def test_in_lockstep_turns_are_sampled_in_order_whoever_answers_first() -> None:
 
     deals: list[list[tuple[str, int]]] = []
     groups = groups_of(Notes(), Lengths(), environment=Slow, lockstep=True, sampling=Sampling(max_new_tokens=400))
-    groups.dialogue = Asks()
     collect(groups, problems(3), 1)
     assert deals == [
         [(f"p{i}", index) for i in range(3) for index in range(SAMPLES)],
         [(f"p{i}", index) for i in (1, 2) for index in range(SAMPLES)],
     ]
+
+
+# ---------------------------------------------------------------- what does not come back
+
+
+class Stuck(SingleTurn):
+    """Never answers to some problems, and has all the time in the world."""
+
+    timeout_s = 1e6
+
+    def __init__(self, *stuck: str) -> None:
+        self.stuck = stuck
+        self.id = ""
+
+    def start(self, problem: Problem) -> Sequence[Message]:
+        self.id = problem.id
+        return super().start(problem)
+
+    def step(self, completion: Completion) -> Sequence[Message] | Done:
+        if self.id in self.stuck:
+            threading.Event().wait()
+        return super().step(completion)
+
+
+def test_a_state_does_not_wait_for_an_environment_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rollout begins anew when the run is gone on with; the others are there."""
+    monkeypatch.setattr(assembly, "_COME_TO_REST", 0.2)
+    order = ProblemSource(problems(60), 0).take(8)
+    engine = TokenEngine()
+    with closing(paced(engine, Lengths(), 1, environment=lambda: Stuck(order[5].id))) as collector:
+        found = collector.collect(collector.take(4), 1)
+        check_whole(found, order[:4])
+        collector.used()
+        deadline = time.monotonic() + 20
+        while not all(group.done for group in collector._under_way if group.problem != order[5]):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        state = collector.state()
+    stuck = next(group for group in state["groups"] if group["problem"] == order[5].id)
+    assert not (stuck["rollouts"] or stuck["over"] or stuck["begun"])
+    runtime = Lengths()
+    with closing(paced(TokenEngine(), runtime, 1)) as again:
+        again.load_state(state)
+        check_whole(again.collect(again.take(4), 2), order[4:])
+    assert Counter(pair for call in runtime.calls for pair in call if pair[0] in {p.id for p in order}) == {
+        (order[5].id, index): 1 for index in range(SAMPLES)
+    }
+
+
+def test_a_state_does_not_wait_for_a_reward_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is at is scored again."""
+    monkeypatch.setattr(assembly, "_COME_TO_REST", 0.2)
+    at_it, enough = threading.Event(), threading.Event()
+
+    class Long(Lengths):
+        def score(
+            self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
+        ) -> list[dict[str, Score]]:
+            at_it.set()
+            enough.wait()
+            return super().score(completions, problems)
+
+    with closing(paced(TokenEngine(), Long(), 1)) as collector:
+        taken = collector.take(4)
+        assert at_it.wait(20)
+        state = collector.state()
+        enough.set()
+        check_whole(collector.collect(taken, 1), taken)
+    assert any(group["over"] for group in state["groups"]) and not any(group["rollouts"] for group in state["groups"])
+    with closing(paced(TokenEngine(), Lengths(), 1)) as again:
+        again.load_state(state)
+        check_whole(again.collect(again.take(4), 1), taken)
+
+
+def test_scoring_that_nobody_waits_for_is_ended() -> None:
+    """So that what is saved after an interruption need not wait for the evaluation that was cut off."""
+    given_up = threading.Event()
+
+    class Endless(Lengths):
+        def score(
+            self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
+        ) -> list[dict[str, Score]]:
+            assert progress is not None
+            try:
+                while True:
+                    progress(0, len(completions))
+                    time.sleep(0.005)
+            finally:
+                given_up.set()
+
+    def interrupt(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(groups_of(TokenEngine(), Endless()), problems(3), 1, interrupt)
+    assert given_up.wait(20)
+
+
+HANGS = """
+import sys, threading
+from grpo.rollouts.assembly import Assembly, GroupInMaking
+from grpo.rollouts.environments import SingleTurn
+from grpo.rollouts.episode import Episode
+from grpo.types import Problem
+
+hangs = threading.Event()
+
+class Hangs(SingleTurn):
+    timeout_s = None if sys.argv[1] == "None" else float(sys.argv[1])
+
+    def start(self, problem):
+        hangs.set()
+        threading.Event().wait()
+
+class Dialogue:
+    def opening(self, messages):
+        return (1,)
+
+problem = Problem(id="p", prompt="?", answer="")
+episodes = [Episode(problem, index, 0, Hangs, Dialogue(), 10) for index in range(20)]
+with Assembly(None, {}) as assembly:
+    assembly.open([GroupInMaking(problem=problem, step=1, episodes=episodes)])
+    assert hangs.wait(20) and not assembly.feed(True)
+    raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.parametrize("timeout_s", [None, 1e6])
+def test_a_process_ends_whatever_its_environments_do(timeout_s: float | None) -> None:
+    ended = subprocess.run([sys.executable, "-c", HANGS, str(timeout_s)], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.stderr.endswith("KeyboardInterrupt\n")

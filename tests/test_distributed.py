@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from grpo import aggregation, corrections, kl, objectives
 from grpo.batch import Batch, collate
@@ -31,9 +31,13 @@ from grpo.layouts import LayoutName, row_length, rows
 from grpo.losses import Loss
 from grpo.policy import HFPolicy, OptimSettings
 from grpo.ranks import Ranks
+from grpo.rollouts.base import Weights
 from grpo.rollouts.pool import start_ray, stop_ray
+from grpo.rollouts.transfer import handfuls
+from grpo.rollouts.weights import WeightStream
 from grpo.sharded import RankSettings
-from grpo.types import Completion, FinishReason, Group, Problem, Rollout
+from grpo.toy import toy_llama, toy_rollout
+from grpo.types import Group, Problem
 
 VOCAB = 24
 PLAIN = Loss(objective=objectives.policy_gradient, aggregate=aggregation.token_mean)
@@ -63,20 +67,9 @@ class ExactNorm(nn.Module):
 
 def toy(seed: int = 0, tied: bool = True, exact: bool = True, checkpointing: bool = False, empty: bool = False) -> Any:
     """One key-value head of 4 makes a weight of 4 rows: of three ranks, the last holds none of it."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-        attention_dropout=0.5,  # which a policy switches off: else nothing here would be equal
-    )
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if empty else "cpu"):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+    with torch.device("meta" if empty else "cpu"):
+        # dropout, which a policy switches off: else nothing here would be equal
+        model = toy_llama(seed, num_key_value_heads=1, tie_word_embeddings=tied, attention_dropout=0.5)
         for module in list(model.modules()) if exact else ():
             for name, _ in module.named_children():
                 if "norm" in name:
@@ -93,18 +86,8 @@ def make_batch(seed: int = 0, groups: Sequence[int] = (3, 1, 4), lengths: tuple[
         problem, prompt = Problem(id=f"p{g}", prompt="?", answer="1"), tuple(rng.randrange(VOCAB) for _ in range(4 + g))
         rollouts = []
         for i in range(size):
-            tokens = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(*lengths)))
-            completion = Completion(
-                problem_id=problem.id,
-                index=i,
-                prompt_ids=prompt,
-                token_ids=tokens,
-                text="",
-                logprobs=(-3.0,) * len(tokens),
-                policy_versions=(0,) * len(tokens),
-                finish_reason=FinishReason.stop,
-            )
-            rollouts.append(Rollout(problem=problem, completion=completion, scores={}, reward=0.0))
+            tokens = [rng.randrange(VOCAB) for _ in range(rng.randint(*lengths))]
+            rollouts.append(toy_rollout(problem, i, prompt, tokens, logprobs=(-3.0,) * len(tokens)))
         made.append(Group(problem=problem, rollouts=tuple(rollouts)))
     batch = collate(made)
     values = torch.tensor([rng.choice([-1.0, 1.0, 0.5]) for _ in batch.rollouts])
@@ -138,8 +121,9 @@ def alone(make_model: Any = toy, optim: OptimSettings = ADAM, layout: LayoutName
     return HFPolicy(make_model(), optim, layout=layout, **settings)
 
 
-def apart(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+def apart(a: Weights, b: Weights) -> float:
     """The largest difference between two sets of tensors of the same names, shapes and types."""
+    a, b = dict(WeightStream.of(a)), dict(WeightStream.of(b))
     assert list(a) == list(b)
     assert all(a[name].shape == b[name].shape and a[name].dtype == b[name].dtype for name in a)
     return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
@@ -276,7 +260,7 @@ def test_bf16_learns_in_fp32_masters(ranks_of: Callable[[int], Ranks]) -> None:
     start, batch = many.state()["masters"], make_batch()
     for _ in range(40):
         one.update(batch, PLAIN), many.update(batch, PLAIN)
-    assert all(w.dtype is torch.bfloat16 for w in many.weights().values())
+    assert all(w.dtype is torch.bfloat16 for _, w in many.weights())
     masters = many.state()["masters"]
     assert all(master.dtype is torch.float32 for master in masters.values())
     norm = "model.norm.weight"
@@ -325,7 +309,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(ranks_of: Callable[[int], Ranks]
 @pytest.mark.slow
 def test_a_state_of_another_model_is_refused(ranks_of: Callable[[int], Ranks]) -> None:
     policy = spread(ranks_of(1))
-    before = policy.weights()
+    before = dict(policy.weights())
     with pytest.raises(ValueError, match=r"state is of another model: 1 tensors differ: lm_head\.weight"):
         policy.load_state(alone(partial(toy, tied=False)).state())
     assert apart(policy.weights(), before) == 0
@@ -397,9 +381,29 @@ def test_the_folder_is_that_of_one_process(ranks_of: Callable[[int], Ranks], tie
     assert apart(load_file(tmp_path / "many/model.safetensors"), load_file(tmp_path / "one/model.safetensors")) == 0
     for name in ("config.json", "generation_config.json"):
         assert (tmp_path / "many" / name).read_text() == (tmp_path / "one" / name).read_text()
-    assert apart(dict(many.weights()), dict(one.weights())) == 0
+    assert apart(many.weights(), one.weights()) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "many", dtype="auto")
-    assert apart(dict(loaded.named_parameters()), dict(many.weights())) == 0
+    assert apart(dict(loaded.named_parameters()), many.weights()) == 0
+
+
+@pytest.mark.slow
+def test_weights_are_gathered_while_they_are_read(ranks_of: Callable[[int], Ranks], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nobody holds them all. Here each tensor is a handful of its own."""
+    many, one = spread(ranks_of(2)), alone()
+    gathered: list[str] = []
+    ask = many._ranks.all
+
+    def noted(method: str, *args: Any) -> Any:
+        gathered.extend(args[0] if method == "gather" else ())
+        return ask(method, *args)
+
+    monkeypatch.setattr(many._ranks, "all", noted)
+    monkeypatch.setattr("grpo.distributed.handfuls", partial(handfuls, num_bytes=1))
+    for weights in (many.weights(), many.snapshot().weights()):
+        gathered.clear()
+        for number, (name, _) in enumerate(weights, start=1):
+            assert gathered[-1] == f"weights/{name}" and len(gathered) == number
+        assert len(gathered) == len(weights.specs) == len(one.weights())
 
 
 # ---------------------------------------------------------------- a user's functions
@@ -523,7 +527,7 @@ def test_an_interruption_leaves_the_ranks_in_step(ranks_of: Callable[[int], Rank
         for delay in (0.0002, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02):
             try:
                 signal.setitimer(signal.ITIMER_REAL, delay)
-                many.score(batch), many.weights()
+                many.score(batch), dict(many.weights())
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except (Alarm, SystemError):  # compiled code that an exception passes through makes a SystemError of it
                 interrupted += 1

@@ -14,8 +14,15 @@ from grpo.toy import toy_group
 from grpo.types import Group, Problem
 
 
-@given(mixed=st.lists(st.booleans(), min_size=4, max_size=30), wanted=st.integers(1, 4), rounds=st.integers(1, 6), seed=st.integers(0, 99))
-def test_what_is_drawn_is_kept_or_dropped_once(mixed: list[bool], wanted: int, rounds: int, seed: int) -> None:
+@given(
+    mixed=st.lists(st.booleans(), min_size=4, max_size=30),
+    wanted=st.integers(1, 4),
+    rounds=st.integers(1, 6),
+    seed=st.integers(0, 99),
+    start=st.integers(0, 60),
+)
+def test_what_is_drawn_is_kept_or_dropped_once(mixed: list[bool], wanted: int, rounds: int, seed: int, start: int) -> None:
+    """In a step that begins anywhere in the data: an epoch may end before it, in it, or in one of its further rounds."""
     problems = [Problem(id=f"p{i}", prompt="?", answer="1") for i in range(len(mixed))]
     signal = dict(zip([p.id for p in problems], mixed, strict=True))
     calls: list[list[str]] = []
@@ -24,7 +31,9 @@ def test_what_is_drawn_is_kept_or_dropped_once(mixed: list[bool], wanted: int, r
         calls.append([p.id for p in asked])
         return [toy_group(p.id, [0, 1] if signal[p.id] else [1, 1], [1, 1]) for p in asked]
 
-    drawn = draw_groups(collect, ProblemSource(problems, seed).take, has_signal, wanted, rounds)
+    source, straight = ProblemSource(problems, seed), ProblemSource(problems, seed)
+    source.position = straight.position = start
+    drawn = draw_groups(collect, source.take, has_signal, wanted, rounds)
     ids = [g.problem.id for g in drawn.all]
     assert sorted(ids) == sorted(p for call in calls for p in call) and len(set(ids)) == len(ids)
     assert len(drawn.kept) <= wanted and len(calls) <= rounds
@@ -33,5 +42,9 @@ def test_what_is_drawn_is_kept_or_dropped_once(mixed: list[bool], wanted: int, r
         assert len(drawn.kept) == wanted and not drawn.dropped
     if len(calls) < rounds and len(drawn.kept) < wanted:
         assert set(ids) == set(signal), "it stopped because the data had no more"
+    passed: list[str] = []  # the data in order, one by one, from the start of the step to where it has brought the source
+    while straight.position < source.position:
+        passed += [problem.id for problem in straight.take(1)]
+    assert list(dict.fromkeys(passed)) == [problem for call in calls for problem in call], "in order, and only repetitions are passed over"
     without = [g for g in drawn.kept if not has_signal(g)]
     assert not without or len(calls) == rounds, "only what the last round gave is kept without signal"

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from grpo.rollouts.base import Begun, Close, Engine, Job, end_of_first_stop, jobs_of
+from grpo.rollouts.base import Asleep, Begun, Close, Engine, Job, end_of_first_stop, jobs_of
 from grpo.rollouts.hf import HFEngine
 from grpo.rollouts.pool import EnginePool, start_ray, stop_ray
 from grpo.rollouts.scripted import ScriptedEngine
@@ -32,19 +32,7 @@ LOGPROB_BOUND = {  # largest |Δ| seen against transformers' own forward pass in
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small only loses by a second thread, and on a busy machine it loses a hundredfold."""
-    set_num_threads, before = torch.set_num_threads, torch.get_num_threads()  # vLLM's CPU build replaces the function
-    set_num_threads(1)
-    yield
-    torch.set_num_threads = set_num_threads
-    set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: str) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_model)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -351,6 +339,135 @@ class TestPausedPool(PauseContract):
     @pytest.fixture
     def engine(self, hf_pool: Engine) -> Engine:
         return hf_pool
+
+
+# --- sleep ---
+
+
+class SleepContract:
+    """What every engine promises; subclasses say which engine."""
+
+    def test_asleep_it_samples_nothing_and_new_weights_wake_it(self, engine: Engine, tokenizer: Any, tiny_model: str) -> None:
+        requests, weights = requests_for(tokenizer), weights_of(tiny_model)
+        engine.load_weights(weights, 1)
+        expected = engine.generate(requests, SHORT)
+        for version in (2, 3):
+            engine.sleep()
+            engine.sleep()
+            for ask in (engine.generate, engine.probe, lambda *_: next(engine.serve(lambda idle: Close.finish, SHORT))):
+                with pytest.raises(Asleep, match=r"asleep: it has given its memory back\n  → load_weights wakes it$"):
+                    ask(requests, SHORT)
+            engine.load_weights(weights, version)
+            for again, before in zip(engine.generate(requests, SHORT), expected, strict=True):
+                assert_same(again, replace(before, policy_versions=(version,) * len(before.token_ids)), 1e-4)
+
+
+class TestSleepingScripted(SleepContract):
+    @pytest.fixture
+    def engine(self, tokenizer: Any) -> Engine:
+        return ScriptedEngine(tokenizer, counting)
+
+
+class TestSleepingHF(SleepContract):
+    @pytest.fixture
+    def engine(self, hf_engine: Engine) -> Engine:
+        return hf_engine
+
+    def test_weights_of_another_model_do_not_wake_it(self, engine: Engine, tokenizer: Any, tiny_model: str) -> None:
+        weights = weights_of(tiny_model)
+        engine.sleep()
+        with pytest.raises(ValueError, match=r"1 missing: model\.norm\.weight"):
+            engine.load_weights({name: weight for name, weight in weights.items() if name != "model.norm.weight"}, 4)
+        with pytest.raises(Asleep):
+            engine.generate(requests_for(tokenizer), SHORT)
+        engine.load_weights(weights, 5)
+        assert len(engine.generate(requests_for(tokenizer), SHORT)) == 12
+
+
+@pytest.mark.slow
+class TestSleepingPool(SleepContract):
+    @pytest.fixture
+    def engine(self, hf_pool: Engine) -> Engine:
+        return hf_pool
+
+
+@pytest.mark.slow
+class TestSleepingVLLM(SleepContract):
+    """A CPU's worker hears vLLM's calls for sleep and ignores them. What level 2 would drop is overwritten here in its place."""
+
+    @pytest.fixture
+    def calls(self, vllm_engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        llm = vllm_engine._running
+        noted: list[str] = []
+        sleep, wake_up, load = llm.sleep, llm.wake_up, vllm_engine._updates.load
+
+        def sleeping(level: int) -> None:
+            noted.append(f"sleep {level}")
+            sleep(level=level)
+            llm.collective_rpc(lose_weights)
+
+        def waking(tags: list[str]) -> bool:
+            noted.extend(f"wake {tag}" for tag in tags)
+            return bool(wake_up(tags=tags))
+
+        def loading(stream: Any) -> Any:
+            noted.append("load")
+            return load(stream)
+
+        for owner, name, function in ((llm, "sleep", sleeping), (llm, "wake_up", waking), (vllm_engine._updates, "load", loading)):
+            monkeypatch.setattr(owner, name, function)
+        monkeypatch.setattr(llm.model_config, "enable_sleep_mode", True)
+        return noted
+
+    @pytest.fixture
+    def engine(self, vllm_engine: Engine, calls: list[str]) -> Engine:
+        return vllm_engine
+
+    def test_memory_comes_back_in_the_order_in_which_it_is_needed(self, engine: Engine, calls: list[str], tiny_model: str) -> None:
+        engine.load_weights(weights_of(tiny_model), 1)
+        assert calls == ["load"]
+        engine.sleep()
+        engine.load_weights(weights_of(tiny_model), 2)
+        assert calls[1:] == ["sleep 2", "wake weights", "load", "wake kv_cache"]
+
+    def test_memory_that_others_have_is_missed_in_words(
+        self, engine: Any, tokenizer: Any, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(tags: list[str]) -> bool:
+            raise RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:119")
+
+        engine.sleep()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._running, "wake_up", full)
+            with pytest.raises(RuntimeError, match=r"the memory of its weights back: CUDA Error.*\n  → .*lower gpu_memory_utilization"):
+                engine.load_weights(weights_of(tiny_model), 2)
+        with pytest.raises(Asleep):
+            engine.generate(requests_for(tokenizer), SHORT)
+        engine.load_weights(weights_of(tiny_model), 2)
+        assert len(engine.generate(requests_for(tokenizer), SHORT)) == 12
+
+
+def lose_weights(worker: Any) -> None:
+    """Runs in vLLM's worker."""
+    for parameter in worker.get_model().parameters():
+        parameter.data.fill_(math.nan)
+
+
+@pytest.mark.slow
+def test_vllm_on_a_cpu_computes_norms_by_its_own_kernels(vllm_engine: Any) -> None:
+    from vllm import ir
+
+    priority = vllm_engine._running.llm_engine.vllm_config.kernel_config.ir_op_priority
+    for name in ("rms_norm", "fused_add_rms_norm"):
+        assert tuple(getattr(priority, name)) == ("cpu_kernel", "native")
+        assert getattr(ir.ops, name).get_priority()[0] == "cpu_kernel"
+
+
+@pytest.mark.slow
+def test_vllm_on_a_cpu_does_not_seem_to_sleep(vllm_engine: Engine, tokenizer: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"started without sleep mode\n  → start it with enable_sleep_mode: true"):
+        vllm_engine.sleep()
+    assert len(vllm_engine.generate(requests_for(tokenizer), SHORT)) == 12
 
 
 BYTES = sorted(ByteLevel.alphabet())  # a token for every byte

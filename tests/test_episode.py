@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -18,31 +17,10 @@ from grpo.rollouts.dialogue import PlainText
 from grpo.rollouts.environments import Done, Environment, Message, SingleTurn
 from grpo.rollouts.episode import FAILURE, MAX_TURNS, Dialogue, Episode, turn_seed
 from grpo.rollouts.scripted import ScriptedEngine
+from grpo.toy import Characters
 from grpo.types import Completion, FinishReason, Outcome, Problem, Sampling, Score
 
 PROBLEM = Problem(id="p", prompt="Q: ", answer="7")
-
-
-class Letters:
-    """A token a character, its code point; ``>`` ends a text. With what ``PlainText`` and ``ScriptedEngine`` ask of a tokenizer."""
-
-    eos_token_id = None
-    added_tokens_decoder: Mapping[int, Any] = MappingProxyType({})
-
-    def __len__(self) -> int:
-        return 1000
-
-    def __call__(self, text: str, add_special_tokens: bool) -> Any:
-        class Encoded:
-            input_ids = self.encode(text, add_special_tokens)
-
-        return Encoded
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return [ord(letter) for letter in text]
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        return "".join(map(chr, token_ids))
 
 
 class Replies:
@@ -63,7 +41,7 @@ class Replies:
 def episode(
     environment: Callable[[], Environment], max_new_tokens: int = 100, seed: int = 5, dialogue: Dialogue | None = None
 ) -> Episode:
-    return Episode(PROBLEM, 3, seed, environment, dialogue or PlainText(Letters()), max_new_tokens)
+    return Episode(PROBLEM, 3, seed, environment, dialogue or PlainText(Characters()), max_new_tokens)
 
 
 def turn_of(job: Job, text: str, version: int = 0, reason: FinishReason = FinishReason.stop) -> Completion:
@@ -166,7 +144,7 @@ def test_a_paused_turn_goes_on_and_the_next_begins_with_nothing() -> None:
 
 def test_engines_sample_episodes() -> None:
     """Through the scripted engine: two episodes, of three turns and of one, side by side in one call."""
-    engine = ScriptedEngine(Letters(), answer=lambda prompt, index, seed: "ab>" if prompt.endswith(("Q: ", "+")) else "c>")
+    engine = ScriptedEngine(Characters(), answer=lambda prompt, index, seed: "ab>" if prompt.endswith(("Q: ", "+")) else "c>")
     long, short = episode(lambda: Replies("+", "-")), episode(SingleTurn)
     play([long, short], engine, Sampling(max_new_tokens=100, stop=(">",)))
     assert long.completion is not None and short.completion is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -39,7 +40,9 @@ class DiligentEngine(ServedEngine):
 
     slots = 6
 
-    def __init__(self, flag: str = "", deceive: str = "") -> None:
+    def __init__(self, flag: str = "", deceive: str = "", no_start: str = "") -> None:
+        if no_start and os.path.exists(no_start):
+            time.sleep(1000)
         self._flag = flag  # a file: SLEEP hangs the engine that finds it, and removes it first
         self._deceive = deceive
         self._version, self._total = 0, 0.0
@@ -317,6 +320,28 @@ def test_a_crash_loop_ends_with_a_message(make_pool: Callable[..., EnginePool]) 
 
 
 @pytest.mark.slow
+def test_replacements_that_do_not_start_are_given_up(
+    make_pool: Callable[..., EnginePool], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One, and the run goes on with the other engine; both, and it ends."""
+    no_start, wanted = tmp_path / "no start", requests(*range(1, 9))
+    pool = make_pool(kwargs={"no_start": str(no_start)}, start_timeout=1.0, max_restarts=1)
+    no_start.touch()
+    pool.load_weights(weights_of(0.5), 1)
+    os.kill(pool.processes()[0], signal.SIGKILL)
+    for _ in range(100):  # the other engine does not need long for it
+        assert [(c.problem_id, c.index) for c in pool.generate(wanted, SAMPLING)] == asked(wanted)
+        if pool.metrics()["engine/given_up"]:
+            break
+    metrics = pool.metrics()
+    assert (metrics["engine/replaced"], metrics["engine/hung"], metrics["engine/alive"]) == (2, 1, 1)
+    assert re.search(r"engine 0 of 2 died 2 times .*: it has not started after 1 s \(start_timeout of EnginePool\)", caplog.text)
+    os.kill(pool.processes()[0], signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"no engine is left: engine 1 of 2.*\n  the last time: it has not started after 1 s"):
+        pool.generate(wanted, SAMPLING)
+
+
+@pytest.mark.slow
 def test_the_run_goes_on_with_one_engine(make_pool: Callable[..., EnginePool]) -> None:
     pool, wanted = make_pool(max_restarts=0), requests(*[SLOW] * 2, *range(1, 9))
     pool.load_weights(weights_of(0.5), 1)
@@ -419,12 +444,8 @@ class UnhurriedEngine(ScriptedEngine):
     def __init__(self, folder: str) -> None:
         from transformers import AutoTokenizer
 
-        super().__init__(AutoTokenizer.from_pretrained(folder), lambda prompt, index, seed: f"{prompt[-5:]}{seed}{index}" * (2 + index % 3))
-
-    def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
-        for finished in super().serve(feed, sampling):
-            time.sleep(0.01)
-            yield finished
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        super().__init__(tokenizer, lambda prompt, index, seed: f"{prompt[-5:]}{seed}{index}" * (2 + index % 3), step_s=0.01)
 
 
 def pausing(jobs: Sequence[Job], results: Finished, moment: str, victim: int) -> Iterator[Sequence[Job] | Close]:

@@ -157,11 +157,14 @@ HEAVY = ("ray", "vllm", "hydra", "omegaconf", "wandb", "transformers", "datasets
 LIGHT = [
     "types",
     "config",
+    "config_checks",
+    "idle",
     "interrupt",
     "imports",
     "data",
     "metrics",
     "run",
+    "storage",
     "batch",
     "advantages",
     "objectives",
@@ -194,7 +197,10 @@ LIGHT = [
     "rollouts.hf",
     "rollouts.sampling",
 ]
-WITHOUT_TORCH = ("types", "config", "imports", "interrupt", "data", "metrics", "cli", "run", "rollouts.base", "rollouts.collect")
+WITHOUT_TORCH = (
+    *("types", "config", "config_checks", "idle", "imports", "interrupt", "data", "metrics", "cli", "run", "storage"),
+    *("rollouts.base", "rollouts.collect"),
+)
 BLOCK = """
 import importlib, sys
 class Wall:

@@ -16,7 +16,8 @@ from torch import Tensor
 from grpo import layouts, tree_attention
 from grpo.batch import Batch, collate
 from grpo.layouts import LayoutName, ModelInputs
-from grpo.types import Completion, FinishReason, Group, Problem, Rollout
+from grpo.toy import toy_rollout
+from grpo.types import Completion, Group, Problem, Rollout
 
 VOCAB = 50
 LAYOUTS: tuple[LayoutName, ...] = ("padded", "packed", "shared_prompt")
@@ -37,18 +38,8 @@ def make_batch(shapes: Sequence[tuple[int, Sequence[int]]], seed: int = 0, promp
         prompt = (*PROMPTS[prompts](g), *rng.choices(range(VOCAB), k=prompt_length))
         rollouts = []
         for i, length in enumerate(lengths):
-            completion = Completion(
-                problem_id=problem.id,
-                index=i,
-                prompt_ids=prompt,
-                token_ids=tuple(rng.choices(range(VOCAB), k=length)),
-                text="",
-                logprobs=(-1.0,) * length,
-                policy_versions=(0,) * length,
-                finish_reason=FinishReason.stop,
-                sampled=rng.choice([(), some_sampled(rng, length)]) if turns else (),
-            )
-            rollouts.append(Rollout(problem=problem, completion=completion, scores={}, reward=0.0))
+            tokens = rng.choices(range(VOCAB), k=length)
+            rollouts.append(toy_rollout(problem, i, prompt, tokens, sampled=rng.choice([(), some_sampled(rng, length)]) if turns else ()))
         groups.append(Group(problem=problem, rollouts=tuple(rollouts)))
     return collate(groups)
 

@@ -7,7 +7,6 @@ import random
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,8 @@ from grpo.batch import Batch, collate
 from grpo.layouts import LayoutName, ModelInputs
 from grpo.logprobs import token_logprobs
 from grpo.model_support import LayoutPlan, Support, check_layout, plan_layout, supported, without_noise
-from grpo.types import Completion, FinishReason, Group, Problem, Rollout
+from grpo.toy import toy_rollout
+from grpo.types import FinishReason, Group, Problem
 
 VOCAB, TEMPERATURE, ENTROPY_COEF = 50, 0.8, 0.1
 LAYOUTS: tuple[LayoutName, ...] = ("padded", "packed", "shared_prompt")
@@ -90,17 +90,8 @@ def make_batch(shapes: Sequence[tuple[int, Sequence[int]]] = SHAPES, seed: int =
         prompt = (*beginning, *rng.choices(range(VOCAB), k=prompt_length))
         rollouts = []
         for i, length in enumerate(lengths):
-            completion = Completion(
-                problem_id=problem.id,
-                index=i,
-                prompt_ids=prompt,
-                token_ids=tuple(rng.choices(range(VOCAB), k=length)),
-                text="",
-                logprobs=(-1.0,) * length,
-                policy_versions=(0,) * length,
-                finish_reason=FinishReason.length if length > 5 else FinishReason.stop,
-            )
-            rollouts.append(Rollout(problem=problem, completion=completion, scores={}, reward=0.0))
+            reason = FinishReason.length if length > 5 else FinishReason.stop
+            rollouts.append(toy_rollout(problem, i, prompt, rng.choices(range(VOCAB), k=length), finish_reason=reason))
         groups.append(Group(problem=problem, rollouts=tuple(rollouts)))
     batch = collate(groups)
     advantages = torch.tensor([rng.uniform(-2, 2) for _ in batch.rollouts], dtype=torch.float64)
@@ -501,15 +492,15 @@ def test_without_noise_two_passes_in_training_mode_are_equal() -> None:
 
 def test_the_composition_root_falls_back_too(tmp_path: Path) -> None:
     from grpo.config import Config
-    from grpo.interrupt import StopSignal
-    from grpo.parts import Machine, make_policy
+    from grpo.machine import Machine
+    from grpo.parts import make_policy
 
     shape = {"sliding_window": 4}
     toy("Mistral", **shape).save_pretrained(tmp_path)
     config = Config()
     config.rollout.temperature = TEMPERATURE
     batch = make_batch()
-    with pytest.warns(UserWarning, match="padded"), ExitStack() as stack:
-        policy = make_policy(config, str(tmp_path), None, Machine(device="cpu", dtype_name="float32", cores=1), stack, StopSignal())
+    with pytest.warns(UserWarning, match="padded"):
+        policy = make_policy(config, str(tmp_path), None, Machine(device="cpu", dtype_name="float32", cores=1), ranks=None)
         scores = policy.score(batch)
     torch.testing.assert_close(scores.logprobs, oracle(toy("Mistral", **shape), batch)[0], rtol=1e-5, atol=1e-5)

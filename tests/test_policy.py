@@ -15,14 +15,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from grpo import aggregation, kl, objectives, tree_attention
 from grpo.batch import Batch, collate
 from grpo.layouts import LayoutName
 from grpo.losses import Loss
 from grpo.policy import HFPolicy, OptimSettings, learning_rate
-from grpo.types import Completion, FinishReason, Group, Problem, Rollout
+from grpo.toy import toy_llama, toy_rollout
+from grpo.types import Group, Problem
 
 VOCAB = 24
 PLAIN = Loss(objective=objectives.policy_gradient, aggregate=aggregation.token_mean)
@@ -30,19 +31,7 @@ ADAM = OptimSettings(lr=1e-2, schedule="linear", warmup=2, num_updates=8, weight
 
 
 def toy(seed: int = 0, tied: bool = True) -> Any:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+    return toy_llama(seed, tie_word_embeddings=tied)
 
 
 def make_batch(seed: int = 0, signal: bool = True) -> Batch:
@@ -51,18 +40,8 @@ def make_batch(seed: int = 0, signal: bool = True) -> Batch:
         problem, prompt = Problem(id=f"p{g}", prompt="?", answer="1"), tuple(rng.randrange(VOCAB) for _ in range(4 + g))
         rollouts = []
         for i in range(3):
-            tokens = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 6)))
-            completion = Completion(
-                problem_id=problem.id,
-                index=i,
-                prompt_ids=prompt,
-                token_ids=tokens,
-                text="",
-                logprobs=(-3.0,) * len(tokens),
-                policy_versions=(0,) * len(tokens),
-                finish_reason=FinishReason.stop,
-            )
-            rollouts.append(Rollout(problem=problem, completion=completion, scores={}, reward=0.0))
+            tokens = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 6))]
+            rollouts.append(toy_rollout(problem, i, prompt, tokens, logprobs=(-3.0,) * len(tokens)))
         groups.append(Group(problem=problem, rollouts=tuple(rollouts)))
     batch = collate(groups)
     values = torch.tensor([rng.choice([-1.0, 1.0, 0.5]) * signal for _ in batch.rollouts])

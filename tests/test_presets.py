@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -23,18 +19,8 @@ from grpo.plan import plan
 from grpo.recipe import groups, load_recipe
 from grpo.toy import toy_group
 
+from . import paper_losses as papers
 
-def _paper_losses() -> ModuleType:
-    """The file beside this one; tests are imported by path, so that it is on no import path."""
-    spec = importlib.util.spec_from_file_location("paper_losses", Path(__file__).with_name("paper_losses.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-papers = _paper_losses()
 PRESETS = groups()["algo"]
 BOUND = {"rtol": 1e-9, "atol": 1e-14}
 completion_lengths = st.lists(st.lists(st.integers(1, papers.MAX_TOKENS), min_size=1, max_size=4), min_size=1, max_size=4)

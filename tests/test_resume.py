@@ -23,6 +23,7 @@ from grpo import checkpoint
 from grpo.run import MEASURED, RunFolder
 
 from .killable_runs import Kill, Runs
+from .tiny_runs import write_recipe
 
 STEPS, SAVED_EVERY = 6, 2
 ENGINES = {"hf": ("rollout=hf",), "scripted": ("rollout=scripted", "rollout.max_new_tokens=80")}
@@ -40,33 +41,15 @@ def digits(completion, problem):
         os.kill(os.getppid(), signal.SIGKILL)
     return sum(c.isdigit() for c in completion.text) / max(len(completion.text), 1)
 '''
-RECIPE = """\
-defaults:
-  - schema
-  - algo: grpo
-  - model: hub
-  - data: sums
-  - rollout: hf
-  - logger: quiet
-  - _self_
-run: {{steps: {steps}, checkpoint_every: {saved_every}, dir: "{folder}/runs"}}
-model: {{path: "{model}", precision: fp32}}
-data: {{problems: {{heldout: 20, size: 50}}, template: "{{question}} ="}}
-reward: {{digits: {{fn: "{folder}/my_rewards.py:digits"}}}}
-scoring: {{workers: 1}}
-rollout: {{problems_per_step: 2, completions_per_problem: 4, max_new_tokens: 8}}
-optim: {{lr: 1.0e-3}}
-eval: {{every: 2, problems: 3, metric: digits}}
-"""
 
 
 class Workshop:
     """Runs of one recipe, by name, and the uninterrupted one of each engine."""
 
     def __init__(self, folder: Path, model: str, runs: Runs) -> None:
-        self.folder, self.runs, self.recipe = folder, runs, folder / "digits.yaml"
-        (folder / "my_rewards.py").write_text(REWARDS.format(folder=str(folder)))
-        self.recipe.write_text(RECIPE.format(folder=folder, model=model, steps=STEPS, saved_every=SAVED_EVERY))
+        self.folder, self.runs, rewards = folder, runs, REWARDS.format(folder=str(folder))
+        sections = {"run": {"steps": STEPS, "checkpoint_every": SAVED_EVERY}, "scoring": {"workers": 1}}
+        self.recipe = write_recipe(folder, model, rewards=rewards, **sections)
 
     def path(self, name: str) -> Path:
         return self.folder / "runs" / "digits" / name
@@ -75,7 +58,7 @@ class Workshop:
         return self.runs.log.read_text()
 
     def train(self, name: str, *words: str, kill: Kill | None = None) -> int:
-        return self.runs.run("train", str(self.recipe), f"run.name={name}", *words, kill=kill)
+        return self.runs.run("train", self.recipe, f"run.name={name}", *words, kill=kill)
 
     def go_on(self, name: str, *words: str, kill: Kill | None = None) -> int:
         return self.runs.run("train", str(self.path(name)), *words, kill=kill)

@@ -556,7 +556,7 @@ def test_order_progress_and_large_batches(make: Callable[..., RewardRuntime]) ->
     seen: list[tuple[int, int]] = []
     scores = runtime.score([completion(text) for text in texts], [PROBLEM] * 500, progress=lambda done, total: seen.append((done, total)))
     assert [parts["later"].value for parts in scores] == [float(len(text)) for text in texts]
-    assert seen == [(done, 500) for done in range(1, 501)]
+    assert sorted(set(seen)) == [(done, 500) for done in range(501)] and seen == sorted(seen)
     large = Problem(id="p", prompt="", answer="12", columns={"level": 5, "tests": "x" * 5_000_000})  # more than a socket holds
     scores = runtime.score([completion("y" * 2_000_000)] * 4, [large] * 4)
     assert scores == [{"later": Score(value=2e6), "level": Score(value=5.0)}] * 4
@@ -589,11 +589,26 @@ def test_an_interrupted_call_leaves_nothing_for_the_next(make: Callable[..., Rew
     runtime = make({"later": "later"})
 
     def interrupt(done: int, total: int) -> None:
-        raise KeyboardInterrupt
+        if done:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         runtime.score([completion("x" * 9)] * 200, [PROBLEM] * 200, progress=interrupt)
     assert [parts["later"].value for parts in score(runtime, "a", "bb", "ccc")] == [1.0, 2.0, 3.0]
+
+
+def test_a_call_can_be_interrupted_while_its_task_takes_long(make: Callable[..., RewardRuntime]) -> None:
+    runtime = make({"behave": "behave"}, wall_s=1000.0)
+    begun = time.monotonic()
+
+    def interrupt(done: int, total: int) -> None:
+        assert done == 0
+        if time.monotonic() > begun + 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runtime.score([completion("sleep")], [PROBLEM], progress=interrupt)
+    assert score(runtime, "fine")[0]["behave"].value == 0.5
 
 
 # ---- processes

@@ -12,13 +12,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.conditions import check_conditions, conditions
 from grpo.config import Config, ConfigError, EngineName, RolloutConfig, ScheduleName
 from grpo.metrics import best_and_worst, bootstrap_half_width, duration, eval_metrics, headline, pass_at_k, rollout_metrics
-from grpo.run import RunFolder, StorageError, environment, storage
+from grpo.rollouts.transfer import Disk
+from grpo.run import RunFolder, environment
+from grpo.storage import StorageError, storage
 from grpo.types import Completion, FinishReason, Group, Outcome, Problem, Rollout, Score
 
 NAN = math.nan
@@ -292,6 +295,8 @@ def test_resume_forgets_what_came_after_the_checkpoint(run: RunFolder) -> None:
         file.write('{"step": 4, "rew')
     (run.path / "rollouts" / ".step_000003.parquet.77.tmp").write_text("PAR")
     (run.path / ".report.html.77.tmp").write_text("<ht")
+    Disk(run.exchange).send({"w": torch.zeros(3)})  # of a process that was killed, for engines that ended with it
+    (run.exchange / "half.part").write_text("{")
     run.rewind(2, {})
     run.append_metrics({"step": 3, "reward/mean": 0.7})
     assert [row["step"] for row in run.read_metrics()] == [1, 2, 3]
@@ -299,7 +304,7 @@ def test_resume_forgets_what_came_after_the_checkpoint(run: RunFolder) -> None:
     run.drop_metrics(2)
     assert [row["step"] for row in run.read_metrics()] == [1, 3]
     assert run.rollout_steps() == run.rollout_steps("eval") == [1, 2]
-    assert not list(run.path.rglob("*.tmp"))
+    assert not list(run.path.rglob("*.tmp")) and not run.exchange.exists()
 
 
 def test_rollouts_round_trip(run: RunFolder) -> None:

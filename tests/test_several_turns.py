@@ -12,7 +12,6 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo import aggregation, corrections, kl, objectives
 from grpo.batch import Batch, collate
@@ -27,6 +26,7 @@ from grpo.report import write_report
 from grpo.rollout_table import groups_of, rollout_table
 from grpo.run import RunFolder
 from grpo.show import Choice, show
+from grpo.toy import toy_llama, toy_rollout
 from grpo.types import Completion, FinishReason, Group, Problem, Rollout, Score
 
 VOCAB = 24
@@ -36,18 +36,7 @@ TURNS = ("ss...sss", "s.s.s.s", "sssss", "ss....s", "s", ".ss", "ssss..", "sss..
 
 
 def model() -> Any:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config)
+    return toy_llama()
 
 
 def make_groups(seed: int = 0) -> list[Group]:
@@ -57,18 +46,10 @@ def make_groups(seed: int = 0) -> list[Group]:
         rollouts = []
         for i, turns in enumerate(TURNS[4 * g : 4 * g + 4]):
             own = tuple(letter == "s" for letter in turns)
-            completion = Completion(
-                problem_id=problem.id,
-                index=i,
-                prompt_ids=prompt,
-                token_ids=tuple(rng.randrange(VOCAB) for _ in own),
-                text="",
-                logprobs=tuple(-3.0 + rng.random() if mine else 0.0 for mine in own),
-                policy_versions=(0,) * len(own),
-                finish_reason=FinishReason.stop,
-                sampled=own,
-            )
-            rollouts.append(Rollout(problem=problem, completion=completion, scores={}, reward=rng.choice([0.0, 1.0, 2.0])))
+            tokens = [rng.randrange(VOCAB) for _ in own]
+            logprobs = tuple(-3.0 + rng.random() if mine else 0.0 for mine in own)
+            rollout = toy_rollout(problem, i, prompt, tokens, logprobs=logprobs, sampled=own)
+            rollouts.append(replace(rollout, reward=rng.choice([0.0, 1.0, 2.0])))
         groups.append(Group(problem=problem, rollouts=tuple(rollouts)))
     return groups
 
@@ -266,7 +247,7 @@ def test_a_reward_changed_afterwards_leaves_the_environments_scores() -> None:
     """Stored: accuracy 1, and the environment's own `won` 0.5; the new reward part says 3: 3 + 2 · 0.5."""
 
     class Threes:
-        def score(self, completions: Any, problems: Any) -> Any:
+        def score(self, completions: Any, problems: Any, progress: Any = None) -> Any:
             return [{"new": Score(value=3.0)} for _ in completions]
 
     group = conversation()

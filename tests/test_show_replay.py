@@ -13,34 +13,29 @@ from grpo.rollout_table import groups_of, rollout_table
 from grpo.run import RunFolder
 from grpo.types import Completion, FinishReason, Group, Outcome, Problem, Rollout, Score
 
-REWARDS = '''
-def digits(completion, problem):
-    return sum(c.isdigit() for c in completion.text) / max(len(completion.text), 1)
+from .tiny_runs import DIGITS, write_recipe
 
+REWARDS = f'''{DIGITS}
 def broken(completion, problem):
     if completion.index == 1:
         raise RuntimeError("a bug of mine")
     return 1.0
 '''
-RECIPE = """\
-defaults: [schema, {{algo: deepseek_r1}}, {{model: hub}}, {{data: sums}}, {{rollout: hf}}, {{logger: quiet}}, _self_]
-run: {{steps: 3, checkpoint_every: 2}}
-model: {{path: "{model}", precision: fp32}}
-data: {{problems: {{heldout: 20, size: 50}}, template: "{{question}} ="}}
-reward: {{digits: {{fn: "{folder}/my_rewards.py:digits"}}}}
-rollout: {{problems_per_step: 4, completions_per_problem: 3, max_new_tokens: 8}}
-algo: {{reference_refresh: 3}}
-optim: {{lr: 1.0e-3, updates_per_step: 2}}
-eval: {{every: 0, problems: 3, metric: digits}}
-"""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> RunFolder:
     folder = tmp_path_factory.mktemp("replay")
-    (folder / "my_rewards.py").write_text(REWARDS)
-    (folder / "recipe.yaml").write_text(RECIPE.format(model=tiny_model, folder=folder))
-    return train(load_recipe(str(folder / "recipe.yaml"), f"run.dir={folder / 'runs'}")).run
+    recipe = write_recipe(
+        folder,
+        tiny_model,
+        algo="deepseek_r1",
+        rewards=REWARDS,
+        rollout={"problems_per_step": 4, "completions_per_problem": 3},
+        optim={"updates_per_step": 2},
+        eval={"every": 0},
+    )
+    return train(load_recipe(recipe, "algo.reference_refresh=3")).run
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:

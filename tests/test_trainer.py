@@ -27,34 +27,15 @@ from grpo.learner import Learner, merge_metrics
 from grpo.recipe import load_recipe, load_run
 from grpo.rewards.health import RewardFailure
 from grpo.rollouts.collect import Collector
+from grpo.rollouts.paced import PacedCollector
 from grpo.run import RunFolder
 from grpo.trainer import Trainer
 
-# A random model never adds up, but it can write digits: a reward that tells its completions apart from the first step.
-REWARDS = '''
-def digits(completion, problem):
-    """The share of digits in the text."""
-    return sum(c.isdigit() for c in completion.text) / max(len(completion.text), 1)
+from . import tiny_runs
 
+REWARDS = f"""{tiny_runs.DIGITS}
 def brevity(completion, problem, scale=1.0):
     return -scale * len(completion.token_ids)
-'''
-RECIPE = """\
-defaults:
-  - schema
-  - algo: {algo}
-  - model: hub
-  - data: sums
-  - rollout: hf
-  - logger: quiet
-  - _self_
-run: {{steps: 3, checkpoint_every: 2}}
-model: {{path: "{model}", precision: fp32}}
-data: {{problems: {{heldout: 20, size: 50}}, template: "{{question}} ="}}
-reward: {{digits: {{fn: "{rewards}:digits"}}}}
-rollout: {{problems_per_step: 2, completions_per_problem: 4, max_new_tokens: 8}}
-optim: {{lr: 1.0e-3}}
-eval: {{every: 2, problems: 3, metric: digits}}
 """
 
 
@@ -64,15 +45,12 @@ def recipe(tmp_path: Path, tiny_model: str) -> str:
 
 
 def write_recipe(folder: Path, model: str, algo: str = "grpo") -> str:
-    (folder / "my_rewards.py").write_text(REWARDS)
-    file = folder / "digits.yaml"
-    file.write_text(RECIPE.format(model=model, rewards=folder / "my_rewards.py", algo=algo))
-    return str(file)
+    return tiny_runs.write_recipe(folder, model, algo=algo, rewards=REWARDS)
 
 
 def run_recipe(recipe: str, *overrides: str) -> RunFolder:
     """Beside the recipe, whatever the working directory is."""
-    return train(load_recipe(recipe, f"run.dir={Path(recipe).parent / 'runs'}", *overrides)).run
+    return train(load_recipe(recipe, *overrides)).run
 
 
 def go_on(run: RunFolder, *overrides: str) -> None:
@@ -250,6 +228,36 @@ def test_what_fails_in_an_evaluation_costs_no_step(recipe: str, monkeypatch: pyt
     assert checkpoint.steps(RunFolder.open(Path(recipe).parent / "runs" / "digits" / "died")) == [2]
 
 
+@pytest.mark.parametrize(
+    ("owner", "method", "settings"),
+    [
+        (torch.optim.Optimizer, "load_state_dict", []),
+        (PacedCollector, "load_state", ["rollout.max_staleness=1"]),
+    ],
+)
+def test_an_interruption_while_a_run_is_restored_leaves_it_as_it_was(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, owner: type, method: str, settings: list[str]
+) -> None:
+    run = run_recipe(recipe, "run.steps=2", "eval.every=0", *settings)
+    before = {file: file.read_bytes() for file in (*run.checkpoints.rglob("*.*"), run.metrics_file)}
+    load = getattr(owner, method)
+
+    def signalled(self: Any, state: Any) -> None:
+        load(self, state)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(owner, method, signalled)
+    with pytest.raises(Interrupted):
+        go_on(run, "run.steps=3")
+    assert {file: file.read_bytes() for file in (*run.checkpoints.rglob("*.*"), run.metrics_file)} == before
+    monkeypatch.undo()
+    go_on(run, "run.steps=3")
+    assert [row["step"] for row in run.read_metrics()] == [0, 1, 2, 3] and checkpoint.steps(run) == [2, 3]
+    if not settings:
+        straight = run_recipe(recipe, "run.name=straight", "eval.every=0")
+        assert comparable(run)[1:2] == comparable(straight)[1:2] and comparable(run)[3] == comparable(straight)[3]
+
+
 def test_an_update_cut_in_two_is_not_saved(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second Ctrl-C stops at once, even inside an optimiser step: what is saved then must be the step before, or nothing."""
     update, calls = Learner.update, []
@@ -348,7 +356,7 @@ def test_a_reward_from_a_file_on_the_command_line(
     (elsewhere / "my_rewards.py").write_text(REWARDS)
     monkeypatch.chdir(elsewhere)
     words = ["reward.brevity.fn=./my_rewards.py:brevity", "reward.brevity.weight=0.1", "reward.brevity.scale=2.0"]
-    assert main(["train", recipe, "run.steps=1", "run.name=own", *words]) == 0
+    assert main(["train", recipe, "run.steps=1", "run.dir=runs", "run.name=own", *words]) == 0
     assert "runs/digits/own" in capsys.readouterr().out
     run = RunFolder.open(elsewhere / "runs" / "digits" / "own")
     row = run.read_metrics()[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from grpo import logprobs
 from grpo.batch import Batch, collate
@@ -44,14 +44,7 @@ CUTS = {  # cold where min-p is on: the tiny model's distributions are so flat t
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small only loses by a second thread."""
-    set_num_threads, before = torch.set_num_threads, torch.get_num_threads()  # vLLM's CPU build replaces the function
-    set_num_threads(1)
-    yield
-    torch.set_num_threads = set_num_threads
-    set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- kept sets in bytes ---
@@ -228,11 +221,6 @@ def test_memory_beside_the_heads_gradient_is_at_most_a_twentieth_of_the_logits()
 
 
 # --- engines and trainer ---
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: str) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_model)
 
 
 @pytest.fixture(scope="module")

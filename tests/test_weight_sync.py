@@ -30,37 +30,10 @@ from grpo.run import RunFolder
 from grpo.types import Completion, FinishReason
 from grpo.weight_sync import Probe, Rescored, WeightSync, logprobs
 
+from .tiny_runs import write_recipe
+
 TENSOR = "model.layers.2.mlp.up_proj.weight"
-RECIPE = """\
-defaults:
-  - schema
-  - algo: grpo
-  - model: hub
-  - data: sums
-  - rollout: hf
-  - logger: quiet
-  - _self_
-run: {{steps: 3, dir: "{runs}"}}
-model: {{path: "{model}", precision: fp32}}
-data: {{problems: {{heldout: 4, size: 20}}, template: "{{question}} ="}}
-rollout: {{problems_per_step: 2, completions_per_problem: 4, max_new_tokens: 8}}
-reward: {{digits: {{fn: "{rewards}:digits"}}}}
-eval: {{problems: 0, metric: digits}}
-"""
-REWARD = """\
-def digits(completion, problem):
-    return sum(c.isdigit() for c in completion.text) / max(len(completion.text), 1)
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small only loses by a second thread, and on a busy machine it loses a hundredfold."""
-    set_num_threads, before = torch.set_num_threads, torch.get_num_threads()  # vLLM's CPU build replaces the function
-    set_num_threads(1)
-    yield
-    torch.set_num_threads = set_num_threads
-    set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def policy_of(folder: str) -> HFPolicy:
@@ -112,7 +85,7 @@ def test_a_probe_is_long_enough_for_the_cache_and_fits_into_the_engine() -> None
     short, long = probe.requests
     assert short.prompt_ids == (6, 7) + (5, 6, 7) * 26 and long.prompt_ids == tuple(range(220, 300))  # 80: two blocks of 32, and more
     assert len({request.problem_id for request in probe.requests}) == 2 and short.seed != long.seed
-    assert (probe.sampling.temperature, probe.sampling.max_new_tokens, probe.short().max_new_tokens) == (0.7, 8, 4)
+    assert (probe.sampling.temperature, probe.sampling.max_new_tokens) == (0.7, 4)
     for room in (2, 5, 9, 40):
         small = Probe.of([(5, 6, 7)], room)
         assert [len(r.prompt_ids) + small.sampling.max_new_tokens for r in small.requests] == [room]
@@ -123,14 +96,11 @@ def test_a_probe_is_long_enough_for_the_cache_and_fits_into_the_engine() -> None
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_model: str) -> str:
-    file, rewards = tmp_path / "adding.yaml", tmp_path / "my_rewards.py"
-    rewards.write_text(REWARD)
-    file.write_text(RECIPE.format(runs=tmp_path / "runs", model=tiny_model, rewards=rewards))
-    return str(file)
+    return write_recipe(tmp_path, tiny_model, eval={"every": 10, "problems": 0})
 
 
 def run_of(recipe: str) -> RunFolder:
-    return RunFolder.open(Path(recipe).parent / "runs" / "adding" / "one")
+    return RunFolder.open(Path(recipe).parent / "runs" / "digits" / "one")
 
 
 def test_a_run_tests_its_weights_when_it_starts_and_when_it_is_resumed(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,8 +331,10 @@ def test_every_engine_gets_the_weights_and_so_does_the_one_that_replaces_it(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollout=hf", "rollout.transfer=disk"], r"rollout\.transfer: is .*disk.*, but the hf engine is in the trainer's process"),
-        (["rollout.transfer=nccl"], r"rollout\.transfer: is .*nccl.*, but it goes from one GPU to engines of one GPU each"),
+        (["rollout=hf", "rollout.transfer=disk"], r"rollout\.transfer: is disk, which does nothing: the hf engine is in the trainer's"),
+        (["rollout.transfer=nccl"], r"rollout\.transfer: is .*nccl.*, but it goes from the one GPU of the trainer to engines on GPUs"),
+        (["rollout.transfer=cuda_ipc"], r"not with trainer\.ranks=1, rollout\.gpus_per_engine=0"),
+        (["rollout.transfer=cuda_ipc", "rollout=hf"], "the hf engine is in the trainer's process"),
         (["rollout.transfer=nccl", "rollout.gpus_per_engine=1", "trainer.ranks=2"], "not with trainer.ranks=2"),
         (["rollout.transfer=carrier_pigeon"], "transfer"),
     ],

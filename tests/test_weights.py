@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from grpo.rollouts.base import SyncReport
 from grpo.rollouts.hf import HFEngine
@@ -36,22 +36,11 @@ from grpo.types import Completion, Request, Sampling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64, torch.int64]
 TENSOR = "model.layers.2.mlp.up_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
 FEW = Sampling(max_new_tokens=6)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small only loses by a second thread, and on a busy machine it loses a hundredfold."""
-    set_num_threads, before = torch.set_num_threads, torch.get_num_threads()  # vLLM's CPU build replaces the function
-    set_num_threads(1)
-    yield
-    torch.set_num_threads = set_num_threads
-    set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: str) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_model)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def load(folder: str) -> Any:
@@ -381,15 +370,21 @@ def test_vllms_tied_head_is_caught_when_it_stays_behind(
     vllm_engine: Any, halves: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fault that this proof is for: the CPU build keeps a packed copy of a tied head, and reloading does not renew it."""
+    from grpo.rollouts.readback import TURNS
+
     vllm_engine.load_weights(halves, 1)
     with monkeypatch.context() as planted:
-        planted.setattr("grpo.rollouts.vllm._repack_heads", lambda worker: None)
-        small = {**halves, "model.embed_tokens.weight": halves["model.embed_tokens.weight"].clone()}
-        small["model.embed_tokens.weight"][5, 7] *= 1.01  # one entry of one tensor
-        assert not torch.equal(small["model.embed_tokens.weight"], halves["model.embed_tokens.weight"])
-        with pytest.raises(WeightProofError, match=f"1 of {len(halves)} tensors .* not what the engine computes with: model.embed_tokens"):
-            vllm_engine.load_weights(small, 2)
-    assert vllm_engine.load_weights(small, 3).read_back == len(halves)
+        planted.setattr("grpo.rollouts.vllm_weights._repack_heads", lambda model: None)
+        row, entry = ({**halves, EMBEDDING: halves[EMBEDDING].clone()} for _ in range(2))
+        row[EMBEDDING][5] *= 1.01
+        entry[EMBEDDING][5, 7] *= 1.01
+        what = f"1 of {len(halves)} tensors .* not what the engine computes with: {EMBEDDING}"
+        with pytest.raises(WeightProofError, match=what):  # one token's row: at once
+            vllm_engine.load_weights(row, 2)
+        with pytest.raises(WeightProofError, match=what):  # one number: by the time that all columns were read
+            for version in range(TURNS):
+                vllm_engine.load_weights(entry, 3 + version)
+    assert vllm_engine.load_weights(entry, 9).read_back == len(halves)
 
 
 @pytest.mark.slow
@@ -398,16 +393,9 @@ def test_vllm_is_caught_skipping_a_tensor(
     vllm_engine: Any, halves: dict[str, torch.Tensor], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vllm_engine.load_weights(halves, 1)
-    llm = vllm_engine._running
-    call = llm.collective_rpc
-
-    def skip(method: Any, *args: Any, **keywords: Any) -> Any:
-        if method == "reload_weights":
-            given = [(n, halves[n] if n == name else tensor) for n, tensor in keywords["kwargs"]["weights_iterator"]]
-            keywords = {"kwargs": {"weights_iterator": given}}
-        return call(method, *args, **keywords)
-
-    monkeypatch.setattr(llm, "collective_rpc", skip)
+    (model,) = vllm_engine._running.collective_rpc(lambda worker: worker.get_model())
+    load = model.load_weights
+    monkeypatch.setattr(model, "load_weights", lambda coming: load((n, halves[n] if n == name else tensor) for n, tensor in coming))
     with pytest.raises(WeightProofError, match=rf"1 of {len(halves)} tensors arrived and are not what the engine computes with: {name}"):
         vllm_engine.load_weights(nudged(halves, 0.01), 2)
 

@@ -1,0 +1,52 @@
+"""Threads for calls that may never return, such as those of a user's environment."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+
+class Hands:
+    """Makes calls, in the order in which they come, in up to ``count`` daemon threads.
+
+    ``concurrent.futures`` joins its threads when the interpreter exits, so that one call that hangs keeps the whole process. These are
+    left behind. What a call raises is its own affair: it must deal with it.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._count, self._name = count, name
+        self._changed = threading.Condition()  # guards all below
+        self._calls: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._threads = self._free = 0
+        self._closed = False
+
+    def submit(self, call: Callable[..., None], *args: Any) -> None:
+        """Have it called soon; not at all if it has not begun when ``close`` is."""
+        with self._changed:
+            if self._closed:
+                return
+            self._calls.append((call, args))
+            self._changed.notify()
+            if len(self._calls) > self._free and self._threads < self._count:
+                self._threads += 1
+                threading.Thread(target=self._work, name=f"{self._name} {self._threads}", daemon=True).start()
+
+    def close(self) -> None:
+        """Begin nothing more. What is under way is not waited for."""
+        with self._changed:
+            self._closed = True
+            self._calls.clear()
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._free += 1
+                self._changed.wait_for(lambda: self._calls or self._closed)
+                self._free -= 1
+                if self._closed:
+                    return
+                call, args = self._calls.popleft()
+            call(*args)
