@@ -7,7 +7,7 @@ is a snapshot of the policy: the policy itself is only looked at.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from grpo.types import Completion, Group, Problem, Request, Rollout, Sampling
 
 _PROMPT = 80  # tokens of a probe's prompt: more than two blocks of a prefix cache (32 tokens on CPUs, 16 on GPUs), which must be dropped
 _PROMPTS, _SAMPLES, _TOKENS = 2, 2, 4
+_GAUGE = 16  # tokens of a prompt of the gauge, which is read at every sync
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,11 @@ class Probe:
 
     requests: tuple[Request, ...]
     sampling: Sampling
+
+    @property
+    def gauge(self) -> tuple[Request, ...]:
+        """The same behind the last tokens of their prompts alone: what a difference is measured on costs little and tells as much."""
+        return tuple(replace(request, prompt_ids=request.prompt_ids[-_GAUGE:]) for request in self.requests)
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], room: int, temperature: float = 1.0) -> Probe:
@@ -84,7 +90,7 @@ class WeightSync:
             score(weights, ())
             report, self.tested = found.report, True
             self._tell(found)
-        apart = probe_difference(self._engine, lambda answers: logprobs(policy, answers), self._probe.requests, self._probe.sampling)
+        apart = probe_difference(self._engine, lambda answers: logprobs(policy, answers), self._probe.gauge, self._probe.sampling)
         return report.metrics() | {"sync/probe_logprob_diff": apart}
 
 
