@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -105,8 +106,10 @@ class ParcelEngine(WeightTransferEngine):
         update = self._update
         finalize_layerwise_reload(self.model, self.model_config)
         self._open = False
-        if current_platform.is_cpu() and self.model_config.hf_config.tie_word_embeddings:
-            _repack_heads(self.model)
+        if current_platform.is_cpu():
+            _repack_experts(self.model)
+            if self.model_config.hf_config.tie_word_embeddings:
+                _repack_heads(self.model)
         if update.error is not None:
             return
         try:
@@ -147,6 +150,14 @@ def _repack_heads(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+
+
+def _repack_experts(model: torch.nn.Module) -> None:
+    """Bring experts into the order that the CPU's kernel reads: vLLM does that when it starts, and forgets it at an update."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod) and method.moe_kernel is not None:
+            method.moe_kernel.fused_experts.process_weights_after_loading(module)
 
 
 def _to_send(error: Exception) -> Exception:

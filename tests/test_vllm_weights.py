@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from grpo.rollouts.peer import PeerToPeer
 from grpo.rollouts.pool import EnginePool, start_ray, stop_ray
@@ -226,6 +228,35 @@ def test_an_engine_of_two_workers_that_is_killed_takes_them_with_it_and_is_repla
 
 def children(process: int) -> list[int]:
     return [int(pid) for task in Path(f"/proc/{process}/task").iterdir() for pid in (task / "children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_experts_compute_with_new_weights_as_with_the_first(tiny_model: str, tmp_path: Path) -> None:
+    """vLLM packs them for the CPU's kernel when it starts and not when it gets others: they would compute with rows in the wrong order."""
+    config = Qwen3MoeConfig(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, num_experts=4, num_experts_per_tok=2, vocab_size=128, max_position_embeddings=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    model.save_pretrained(tmp_path)
+    for file in Path(tiny_model).glob("*token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    engine = VLLMEngine(str(tmp_path), **ARGUMENTS, engine_args=SMALL)
+    with closing(engine):
+        started = greedy(engine)
+        engine.load_weights(load_file(tmp_path / "model.safetensors"), 1)
+        reloaded = greedy(engine)
+    for before, after in zip(started, reloaded, strict=True):
+        ids = torch.tensor([[*before.prompt_ids, *before.token_ids]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, len(before.prompt_ids) - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(before.token_ids)[:, None])[:, 0].tolist()
+        assert before.token_ids == after.token_ids
+        assert before.logprobs == pytest.approx(expected, abs=CLOSE) and after.logprobs == pytest.approx(expected, abs=CLOSE)
 
 
 def test_what_the_engine_sets_itself_is_refused(tiny_model: str) -> None:
