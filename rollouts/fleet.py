@@ -63,6 +63,7 @@ class Fleet:
         self._hang_timeout, self._start_timeout = hang_timeout, start_timeout
         self._max_restarts, self._restart_window = max_restarts, restart_window
         self._calls = 0
+        self.asleep = False  # all of them were put to sleep, and no weights have come since: one that started meanwhile has old ones
         self._started = False
         try:
             for slot in self.slots:
@@ -103,7 +104,7 @@ class Fleet:
             raise RuntimeError(f"no engine of this pool is left: each died too often\n  → {_REMEDY}")
 
     def check_awake(self) -> None:
-        if self.sent is None and any(slot.asleep for slot in self.slots):
+        if self.asleep:
             raise Asleep
 
     def awake(self) -> list[Slot]:
@@ -206,7 +207,7 @@ class Fleet:
                 finished = [entry for entry in value.finished if self.handout.finish(slot.number, entry[0])]
         elif isinstance(value, SyncReport):
             assert slot.holds is not None
-            slot.report, slot.asleep = value, False
+            slot.report = value
             check_sent(slot.holds.arrivals.digests, slot.holds.version, value, f"engine {slot.number} of {len(self.slots)}")
         elif isinstance(value, list):
             slot.answer = value

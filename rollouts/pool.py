@@ -219,6 +219,7 @@ class EnginePool(Serving):
                     slot.holds = None if before is None else slot.holds
                 self._transfer.discard(sent.parcels)
                 raise
+            fleet.asleep = False
             if before is not None:
                 self._transfer.discard(before.parcels)
             reports = [slot.report for slot in fleet.ready() if slot.report is not None]
@@ -248,6 +249,7 @@ class EnginePool(Serving):
             except BaseException:  # those that sleep already are given the last weights again before they go on
                 fleet.sent = before
                 raise
+            fleet.asleep = True
             if before is not None:
                 self._transfer.discard(before.parcels)
 

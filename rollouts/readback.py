@@ -3,8 +3,9 @@
 vLLM merges projections (``qkv_proj``) and its CPU build keeps linear layers packed for the matrix unit, the original gone. A packed
 layer is read by what it computes: rows of the identity matrix through it give columns of its weight, exactly, since each sum has one
 term that is not zero. So the very copy is read that the samples are computed with: a tied head whose packed copy was not renewed
-shows at once. All columns of 135M parameters are 0.2 TFLOP. A quarter of every matrix is read at a time, another each time: a stale
-tensor differs from the one that was sent nearly everywhere, and what is read is compared with what was sent to the last bit.
+shows at once. All columns of 135M parameters are 0.2 TFLOP, so a quarter of every matrix is read at a time, another each time. A stale
+tensor shows in any quarter: even at a learning rate of 1e-6 a step changes some hundred of a bfloat16 matrix's entries. One number that
+was not applied shows within four times, if it stays so.
 
 Read back are linear layers, embeddings, norms and biases, unquantised; of several workers, each reads the shards it holds (``Part``).
 Experts and derived matrices (MLA's absorbed ones) are not: ``proof.self_test`` covers those.
@@ -58,15 +59,15 @@ def readable(model: torch.nn.Module, turn: int) -> list[Readable]:
     """Every tensor that can be read; a tied one is held in two places, the embedding and the head, and comes twice.
 
     Args:
-        turn: counts the times; after ``TURNS`` of them all columns were read.
+        turn: counts the times; after ``TURNS`` of them all columns of packed layers were read.
     """
-    return list(_readable(model, _Bench(turn)))
+    return list(_readable(model, _Bench.of(model, turn)))
 
 
 def read_back(model: torch.nn.Module, turn: int) -> dict[str, list[str]]:
     """Hash of every tensor that can be read, of every copy."""
     digests: dict[str, list[str]] = {}
-    for tensor in _readable(model, _Bench(turn)):
+    for tensor in _readable(model, _Bench.of(model, turn)):
         digests.setdefault(tensor.name, []).append(digest_of_values(tensor.read()))
     return digests
 
@@ -77,14 +78,19 @@ class _Bench:
     What was read of one is there until the next one is. Of 0.6 s for all of 135M parameters, fresh memory for every layer took 0.2.
     """
 
-    def __init__(self, turn: int) -> None:
-        self._turn = turn % TURNS
+    def __init__(self, turn: int, turns: int) -> None:
+        self._turn, self._turns = turn % turns, turns
         self._identities: dict[tuple[int, torch.dtype], Tensor] = {}
         self._room = torch.empty(0, dtype=torch.uint8)
 
+    @classmethod
+    def of(cls, model: torch.nn.Module, turn: int) -> _Bench:
+        """Where nothing is packed, such as on a GPU, all columns are read every time."""
+        return cls(turn, TURNS if any(hasattr(module, "cpu_linear") for module in model.modules()) else 1)
+
     def columns(self, width: int) -> Part:
         """Which of a matrix's columns are read this time."""
-        length = -(-width // TURNS)
+        length = -(-width // self._turns)
         return Part(1, min(self._turn * length, width - length), length)
 
     def read(self, module: Any, width: int) -> Tensor:

@@ -78,7 +78,7 @@ class Slot:
     def load(self, call: int, timeout: float, sent: Sent) -> None:
         """Have it load weights; their parcels are brought to it."""
         self.begin(call, State.loading, timeout, "load", sent.version, sent.specs)
-        self.holds = sent
+        self.holds, self.asleep = sent, False  # it wakes, whether or not all of them arrive
 
     def sleep(self, call: int, timeout: float) -> None:
         """Have it give its memory back."""

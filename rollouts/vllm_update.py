@@ -59,14 +59,14 @@ class WeightUpdates:
         if stream.specs != self._announced:
             self._rpc("init_weight_transfer_engine", kwargs={"init_info": {"specs": stream.specs}})
             self._announced = stream.specs
-        self._rpc("start_weight_update")
         try:
+            self._rpc("start_weight_update")
             for parcel in parcels_of(stream):
                 self._hand_over(parcel)
+            self._rpc("finish_weight_update")
         except BaseException:
             self._give_up()
             raise
-        self._rpc("finish_weight_update")
         return _together(self._rpc("weights_received"))
 
     def _give_up(self) -> None:

@@ -115,7 +115,7 @@ class ParcelEngine(WeightTransferEngine):
         try:
             update.announced.check_all_came()
             update.read_back = update.arrivals.check_held(read_back(self.model, self._turn))
-        except (ValueError, WeightProofError) as error:
+        except Exception as error:
             update.error = _to_send(error)
 
     def received(self) -> Received:

@@ -25,8 +25,7 @@ PHASES = {
     "generation": "grpo.rollouts.collect:Collector.collect",  # of training; nearly all of it is sampling
     "generation/ahead": "grpo.rollouts.paced:PacedCollector.collect",  # sampling goes on outside it too
     "update": "grpo.learner:Learner.learn",
-    "sync/hf": "grpo.rollouts.hf:HFEngine.load_weights",
-    "sync/scripted": "grpo.rollouts.scripted:ScriptedEngine.load_weights",
+    "sync": "grpo.weight_sync:WeightSync.send",  # the first with the self-test, then one before each step
     "checkpoint": "grpo.trainer:Trainer.save",
     "evaluation": "grpo.trainer:Trainer.evaluate",
     "row": "grpo.run:RunFolder.append_metrics",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-vllm = pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
 
 EPSILON = 1e-5
 # The largest relative error: 2⁻⁸ or 2⁻²⁴ for every rounding. In bfloat16 x/√… may be rounded before the weight comes in, and the product
@@ -18,6 +18,7 @@ BOUND = {torch.bfloat16: 2.5 * 2.0**-8, torch.float32: 6 * 2.0**-24}
 
 @pytest.fixture(scope="module", autouse=True)
 def on_cpu() -> None:
+    pytest.importorskip("vllm")
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():

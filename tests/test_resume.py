@@ -136,7 +136,7 @@ def unequal(one: Any, other: Any, place: str = "") -> list[str]:
 def random_moments(engine: str) -> list[Kill]:
     """20 of a seed: four in each phase, spread over the run, so that the kill comes before, between and after its checkpoints."""
     chance = random.Random(engine)
-    phases = {"generation": 6, "update": 5, f"sync/{engine}": 6, "checkpoint": 3}
+    phases = {"generation": 6, "update": 5, "sync": 6, "checkpoint": 3}
     drawn = [Kill(phase=p, call=chance.randint(1, calls), share=chance.random() * 0.9) for p, calls in phases.items() for _ in range(4)]
     return drawn + [Kill(phase="reward", call=chance.randint(1, STEPS), share=chance.random()) for _ in range(4)]
 
@@ -163,7 +163,7 @@ def survives(workshop: Workshop, engine: str, kill: Kill) -> None:
 EDGES = [
     Kill(phase="generation", call=2, share=0.5),  # before the first checkpoint: from the beginning
     Kill(phase="update", call=4, share=0.5),
-    Kill(phase="sync/hf", call=4, share=0),
+    Kill(phase="sync", call=4, share=0),
     Kill(phase="checkpoint", call=2, share=0.5),
     Kill(phase="checkpoint", call=2, share=1),  # saved; neither evaluated nor in the metrics
     Kill(phase="row", call=5, share=0),  # evaluated, the best model saved, not in the metrics

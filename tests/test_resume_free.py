@@ -37,7 +37,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> Itera
 def random_moments(seed: str, generation: str, count: int) -> list[Kill]:
     """So many of each phase, at any time of the run: before its first checkpoint, between two, behind the last but one."""
     chance = random.Random(seed)
-    phases = {generation: STEPS, "update": STEPS, "sync/hf": STEPS, "checkpoint": STEPS // SAVED_EVERY, "row": STEPS}
+    phases = {generation: STEPS, "update": STEPS, "sync": STEPS, "checkpoint": STEPS // SAVED_EVERY, "row": STEPS}
     drawn = [[Kill(phase=p, call=chance.randint(1, calls), share=chance.random()) for _ in range(count)] for p, calls in phases.items()]
     return list(chain.from_iterable(drawn))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -221,7 +222,10 @@ def test_an_engine_of_two_workers_that_is_killed_takes_them_with_it_and_is_repla
         assert pool.metrics()["engine/replaced"] == 1
         assert [c.token_ids for c in after] == [c.token_ids for c in before]
         assert all(set(c.policy_versions) == {1} for c in after)
-        assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+        until = time.monotonic() + 60  # generous: the machine may be busy
+        while left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
+            assert time.monotonic() < until, left
+            time.sleep(0.1)
     finally:
         pool.close()
 

@@ -366,6 +366,20 @@ def test_vllm_passes_the_self_test(vllm_engine: Any, halves: dict[str, torch.Ten
 
 
 @pytest.mark.slow
+def test_vllm_takes_weights_after_an_interruption_of_reading_back(
+    vllm_engine: Any, halves: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> dict[str, list[str]]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as pressed:
+        pressed.setattr("grpo.rollouts.vllm_weights.read_back", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            vllm_engine.load_weights(halves, 1)
+    assert vllm_engine.load_weights(halves, 2).read_back == len(halves)
+
+
+@pytest.mark.slow
 def test_vllms_tied_head_is_caught_when_it_stays_behind(
     vllm_engine: Any, halves: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
