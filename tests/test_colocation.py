@@ -387,10 +387,7 @@ def test_the_only_engine_dies_asleep(ray_cluster: None, tmp_path: Path) -> None:
         pool.sleep()  # before it was ever given weights, as at the start of a run
         (before,) = pool.processes()
         os.kill(before, signal.SIGKILL)
-        while pool.processes() == [before]:
-            pool._fleet.turn()
-        pool._fleet.settle()  # another has started, with the weights of the checkpoint
-        with pytest.raises(Asleep):
+        with pytest.raises(Asleep):  # whether or not another has started by now
             pool.generate(REQUESTS, SAMPLING)
         assert pool.load_weights(weights_of(1), 1).num_engines == 1
         assert versions(pool.generate(REQUESTS, SAMPLING)) == {1} and pool.processes() != [before]
