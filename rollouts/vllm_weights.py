@@ -103,6 +103,8 @@ class ParcelEngine(WeightTransferEngine):
             update.error = _to_send(error)
 
     def finish_weight_update(self) -> None:
+        if not self._open:  # the first time was interrupted behind the loading; the next weights are packed and read back again
+            return
         update = self._update
         finalize_layerwise_reload(self.model, self.model_config)
         self._open = False
