@@ -1,13 +1,12 @@
-"""What sampling a step's rollouts takes on a CPU, and what two of the engine's settings give.
+"""What sampling a step's rollouts takes on a CPU, and what the engine's threads have to do with it.
 
     python benchmarks/sampling.py [--repeats 4]
 
 16 problems × 8 completions of the recipe ``r1_zero_arithmetic`` at temperature 1, by vLLM in a process of its own for each side, with an
 engine's threads and with all cores. Printed is the best of ``--repeats``, after one that warms up.
 
-as it is:       the engine as a run starts it.
-vLLM's norms:   RMSNorm by tensor operations, which vLLM takes on a CPU, instead of its own kernels (``grpo.rollouts.cpu_norms``).
-sleeping:       threads that sleep as soon as they have nothing to do (``OMP_WAIT_POLICY=PASSIVE`` alone).
+as it is:  the engine as a run starts it.
+sleeping:  threads that sleep as soon as they have nothing to do (``OMP_WAIT_POLICY=PASSIVE`` alone).
 """
 
 from __future__ import annotations
@@ -19,16 +18,14 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from typing import Any
 
 from grpo.environment import usable_cores
 from grpo.rollouts.actor import engine_environment
 
-NATIVE = {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}}
-SIDES: dict[str, dict[str, Any]] = {"as it is": {}, "vLLM's norms": {"engine_args": NATIVE}, "sleeping": {"without": "GOMP_SPINCOUNT"}}
+SIDES: dict[str, tuple[str, ...]] = {"as it is": (), "sleeping": ("GOMP_SPINCOUNT",)}  # which variables an engine does not get
 
 
-def measure(engine_args: dict[str, Any], repeats: int) -> list[float]:
+def measure(repeats: int) -> list[float]:
     from transformers import AutoTokenizer
 
     from grpo.models import resolve_model
@@ -51,7 +48,7 @@ def measure(engine_args: dict[str, Any], repeats: int) -> list[float]:
     ]
     sampling = Sampling(max_new_tokens=rollout.max_new_tokens, stop=tuple(rollout.stop))
     taken = []
-    with closing(VLLMEngine(folder, dtype="bfloat16", engine_args={**rollout.engine_args, **engine_args})) as engine:
+    with closing(VLLMEngine(folder, dtype="bfloat16", engine_args=dict(rollout.engine_args))) as engine:
         for _ in range(repeats + 1):
             engine.forget()
             start = time.perf_counter()
@@ -63,23 +60,22 @@ def measure(engine_args: dict[str, Any], repeats: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
-        print(json.dumps(measure(SIDES[a.child].get("engine_args", {}), a.repeats)))
+        print(json.dumps(measure(a.repeats)))
         return
     base = 0.0
-    for side, settings in SIDES.items():
-        environment = os.environ | engine_environment(usable_cores())
-        environment.pop(settings.get("without", ""), None)
-        command = [sys.executable, __file__, "--child", side, "--repeats", str(a.repeats)]
+    for side, without in SIDES.items():
+        environment = {name: value for name, value in (os.environ | engine_environment(usable_cores())).items() if name not in without}
+        command = [sys.executable, __file__, "--child", "--repeats", str(a.repeats)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{side} failed\n{done.stderr[-3000:]}")
         seconds = json.loads(done.stdout.splitlines()[-1])
         base = base or min(seconds)
         print(
-            f"{side:14} {min(seconds):.2f} s, {min(seconds) / base:.2f} × as it is (all: {', '.join(f'{s:.2f}' for s in seconds)})",
+            f"{side:10} {min(seconds):.2f} s, {min(seconds) / base:.2f} × as it is (all: {', '.join(f'{s:.2f}' for s in seconds)})",
             flush=True,
         )
 

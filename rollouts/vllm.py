@@ -40,7 +40,6 @@ _CPU_ARGUMENTS: Mapping[str, Any] = {
     # vLLM's 128 leaves up to 127 tokens of a shared prompt to be computed again for each sample: 200 prompt tokens and
     # 8 samples took 1.6 times as long.
     "block_size": 32,
-    "ir_op_priority": {name: ["cpu_kernel", "native"] for name in ("rms_norm", "fused_add_rms_norm")},  # see cpu_norms
 }
 _GPU_ARGUMENTS: Mapping[str, Any] = {"logprobs_mode": "processed_logprobs"}
 
@@ -83,8 +82,6 @@ class VLLMEngine(ServedEngine):
             raise ImportError(f"the vLLM engine needs vLLM ({error})\n  → {remedy}") from error
 
         self._on_cpu = current_platform.is_cpu()
-        if self._on_cpu:
-            from grpo.rollouts import cpu_norms  # noqa: F401 – it registers itself
         arguments: dict[str, Any] = {
             "model": model_path,
             "max_model_len": max_model_len,

@@ -26,9 +26,6 @@ from grpo.rollouts.transfer import Parcel
 from grpo.rollouts.vllm_update import BACKEND, Received
 from grpo.rollouts.weights import Announced, Spec
 
-if current_platform.is_cpu():
-    from grpo.rollouts import cpu_norms  # noqa: F401 – it registers itself, in every worker
-
 _PLAIN = (ValueError, RuntimeError, AssertionError, WeightProofError)  # exceptions that survive being pickled
 
 

@@ -454,16 +454,6 @@ def lose_weights(worker: Any) -> None:
 
 
 @pytest.mark.slow
-def test_vllm_on_a_cpu_computes_norms_by_its_own_kernels(vllm_engine: Any) -> None:
-    from vllm import ir
-
-    priority = vllm_engine._running.llm_engine.vllm_config.kernel_config.ir_op_priority
-    for name in ("rms_norm", "fused_add_rms_norm"):
-        assert tuple(getattr(priority, name)) == ("cpu_kernel", "native")
-        assert getattr(ir.ops, name).get_priority()[0] == "cpu_kernel"
-
-
-@pytest.mark.slow
 def test_vllm_on_a_cpu_does_not_seem_to_sleep(vllm_engine: Engine, tokenizer: Any) -> None:
     with pytest.raises(RuntimeError, match=r"started without sleep mode\n  → start it with enable_sleep_mode: true"):
         vllm_engine.sleep()
