@@ -267,6 +267,11 @@ def check_engine(config: Config) -> None:
         scripted_answer(config)
     elif config.rollout.engine is EngineName.hf:
         resolve({"fn": "grpo.rollouts.hf.HFEngine", **config.rollout.engine_args}, "rollout.engine_args", positional=None)
+    else:
+        from grpo.rollouts.vllm_update import ENGINE_ARGS
+
+        for name in sorted(ENGINE_ARGS.keys() & config.rollout.engine_args.keys()):
+            raise ConfigError(f"rollout.engine_args.{name}", "is how new weights get into vLLM: the engine sets it itself", "leave it out")
 
 
 def load_split(plan: Plan, split: str, chat: Callable[[str], str] | None = None) -> list[Problem]:

@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+from grpo.config import ConfigError
+from grpo.plan import plan
+from grpo.recipe import load_recipe
 from grpo.rollouts.peer import PeerToPeer
 from grpo.rollouts.pool import EnginePool, start_ray, stop_ray
 from grpo.rollouts.proof import WeightProofError, changed, digest
@@ -261,6 +264,11 @@ def test_experts_compute_with_new_weights_as_with_the_first(tiny_model: str, tmp
         expected = logprobs.gather(1, torch.tensor(before.token_ids)[:, None])[:, 0].tolist()
         assert before.token_ids == after.token_ids
         assert before.logprobs == pytest.approx(expected, abs=CLOSE) and after.logprobs == pytest.approx(expected, abs=CLOSE)
+
+
+def test_what_the_engine_sets_itself_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.engine_args\.worker_extension_cls: is how new weights get into vLLM"):
+        plan(load_recipe("r1_zero_arithmetic", "+rollout.engine_args.worker_extension_cls=my.Extension"))
 
 
 def test_what_the_engine_sets_itself_is_refused(tiny_model: str) -> None:
