@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports these libraries: they read the environment once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # several processes share f
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from .workshop import Workshop
 
 settings.register_profile(
     "grpo",
@@ -56,6 +59,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     from grpo.models import resolve_model
 
     return resolve_model("make:grpo.tiny.digits_model", cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> Iterator[Workshop]:
+    """Runs that can be killed."""
+    from .killable_runs import Runs
+    from .workshop import Workshop
+
+    folder = tmp_path_factory.mktemp("resume")
+    runs = Runs(folder)
+    yield Workshop(folder, tiny_model, runs)
+    runs.close()
 
 
 @pytest.fixture(scope="session")

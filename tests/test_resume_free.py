@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import pytest
@@ -19,19 +19,11 @@ from grpo.plan import load_both_splits, plan
 from grpo.recipe import load_run
 from grpo.run import RunFolder
 
-from .killable_runs import Kill, Runs
-from .test_resume import SAVED_EVERY, STEPS, Workshop, name_of
+from .killable_runs import Kill
+from .workshop import SAVED_EVERY, STEPS, Workshop, name_of
 
 AHEAD = ("rollout.max_staleness=1",)
 DYNAMIC = ("rollout.sampling_rounds=3", "rollout.completions_per_problem=2", "rollout.max_new_tokens=3")  # most groups have no signal
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> Iterator[Workshop]:
-    folder = tmp_path_factory.mktemp("resume")
-    runs = Runs(folder)
-    yield Workshop(folder, tiny_model, runs)
-    runs.close()
 
 
 def random_moments(seed: str, generation: str, count: int) -> list[Kill]:
