@@ -6,6 +6,7 @@ Everything that can be wrong is found before anything heavy starts, in this orde
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -42,12 +43,14 @@ from grpo.parts import (
     shared_by_environments,
 )
 from grpo.plan import Plan, anchor_paths, check_sandbox, load_both_splits, load_split, plan
+from grpo.policy import NUM_MOMENTS
 from grpo.replay import StepReplay
 from grpo.report import write_report
 from grpo.rewards.health import UnscoredStop
 from grpo.rollout_table import groups_of
 from grpo.rollouts.base import Progress
 from grpo.rollouts.collect import collect
+from grpo.rollouts.weights import checkpoint_shapes
 from grpo.run import RunFolder, environment
 from grpo.trainer import Settings, Trainer
 from grpo.types import Group, Problem
@@ -167,6 +170,9 @@ def assemble(
     runtime = stack.enter_context(make_runtime(checked))
     logger.phase("loading the policy")
     policy = make_policy(config, folder, tokenizer, where, ranks)
+    num_weights = sum(map(math.prod, checkpoint_shapes(folder, config.model.revision).values()))
+    if note := checkpoint.little_room(run, num_weights, NUM_MOMENTS[config.optim.name], config.run.keep_checkpoints):
+        warnings.warn(note, stacklevel=2)
     makers = GroupMakers(checked=checked, engine=engine, runtime=runtime, tokenizer=tokenizer)
     heldout = heldout[: config.eval.problems]
 

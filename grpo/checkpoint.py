@@ -59,6 +59,24 @@ def save(run: RunFolder, step: int, policy: Policy, state: Mapping[str, Any], ke
             _remove(run.checkpoint(old))
 
 
+def little_room(run: RunFolder, num_weights: int, moments: int, keep: int) -> str | None:
+    """What there is to say before a run whose checkpoints will not fit on its disk; None: they will.
+
+    A checkpoint has a weight at least in bf16 and in fp32, and ``moments`` fp32 numbers of the optimiser's. A new one is written before
+    an old one goes.
+    """
+    one = num_weights * (2 + 4 + 4 * moments)
+    there = sum(file.stat().st_size for step in steps(run) for file in run.checkpoint(step).iterdir())
+    needed, free = (keep + 1) * one - there, shutil.disk_usage(run.path).free
+    if needed <= free:
+        return None
+    return (
+        f"run.dir: {run.path} has {free / 2**20:,.0f} MiB of disk free, and checkpoints will take {needed / 2**20:,.0f} MiB "
+        f"({keep} that are kept and one that is written, {one / 2**20:,.0f} MiB each): the run will end when it is full\n"
+        "  → make room, keep fewer (run.keep_checkpoints), or choose another run.dir"
+    )
+
+
 def steps(run: RunFolder) -> list[int]:
     """Steps that have a checkpoint, in order."""
     names = (re.fullmatch(r"step_(\d+)", file.parent.name) for file in run.checkpoints.glob(f"*/{STATE_FILE}"))

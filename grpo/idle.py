@@ -24,6 +24,7 @@ class Idle:
     why: str
     instead: str
     keys: tuple[str, ...]
+    also: tuple[str, ...] = ()  # further keys that ``where`` looks at
 
 
 def _one_score_counts(config: Config) -> bool:
@@ -91,6 +92,7 @@ IDLE = (
         why="there is one score, of weight 1, and nothing to combine it with",
         instead="add another part, reward.NAME.fn=…",
         keys=("algo.combine_rewards",),
+        also=("environment.weights",),
     ),
     Idle(
         switch="algo.kl",
@@ -155,13 +157,17 @@ def dropped(config: Config, given: Collection[str]) -> dict[str, Any]:
         config: as composed; OmegaConf's form of it will do.
         given: the keys and groups on the command line. A key that is among them is not dropped: it is there to be refused.
     """
-    return {key: DEFAULTS[key] for row, key in _idle(config) if key not in given and any(_touches(name, row.switch) for name in given)}
+    return {key: DEFAULTS[key] for row, key in _idle(config) if key not in given and _touched(row, given)}
 
 
 def _idle(config: Config) -> Iterator[tuple[Idle, str]]:
     for row in IDLE:
         if row.where(config):
             yield from ((row, key) for key in row.keys if value_of(config, key) != DEFAULTS[key])
+
+
+def _touched(row: Idle, given: Collection[str]) -> bool:
+    return any(_touches(name, switch) for name in given for switch in (row.switch, *row.also))
 
 
 def _touches(given: str, switch: str) -> bool:

@@ -275,6 +275,9 @@ def check_head(model: Any, device: torch.device) -> None:
         )
 
 
+NUM_MOMENTS = {"adamw": 2, "sgd": 0}  # fp32 numbers that an optimiser keeps for each weight
+
+
 def make_optimiser(parameters: list[nn.Parameter], s: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
     """The optimiser that the settings name, without a state yet."""
     if s.name == "sgd":

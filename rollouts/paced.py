@@ -29,7 +29,7 @@ _IDLE = 0.02  # seconds an engine that has nothing to sample waits before it loo
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Begun:
+class _InHand:
     """What a state is made of; one value, so that an interruption finds all of it old or all of it new."""
 
     groups: tuple[GroupInMaking, ...] = ()  # begun and not yet trained on, in order: first those that were taken
@@ -56,7 +56,7 @@ class PacedCollector:
         self._groups, self._source, self._progress = groups, source, progress
         self._ahead = batch * max_staleness
         self._batch = batch
-        self._begun = _Begun(position=source.position)
+        self._begun = _InHand(position=source.position)
         self._num_taken = 0
         self._restored: list[GroupInMaking] = []  # of a checkpoint: they wait for the first ``take``, when the weights are there
         self.timings: dict[str, float] = {}
@@ -196,7 +196,7 @@ class PacedCollector:
         if missing > 0:
             problems = self._source.take(missing, {group.problem.id for group in begun.groups})
             more = [self._groups.begin(problem, 1 + number // self._batch) for number, problem in enumerate(problems, begun.count)]
-            self._begun = _Begun(groups=(*begun.groups, *more), count=begun.count + len(more), position=self._source.position)
+            self._begun = _InHand(groups=(*begun.groups, *more), count=begun.count + len(more), position=self._source.position)
             fresh += more
         self._assembly.open(fresh)
 
@@ -218,5 +218,5 @@ class PacedCollector:
             put_back(group, plain)
             groups.append(group)
         # a run that has sampled on-policy until now has nothing under way
-        self._begun = _Begun(groups=tuple(groups), count=state.get("begun", 0), position=state["position"])
+        self._begun = _InHand(groups=tuple(groups), count=state.get("begun", 0), position=state["position"])
         self._restored = groups

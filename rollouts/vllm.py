@@ -18,7 +18,7 @@ from grpo.rollouts.base import Asleep, Begun, Close, Feed, Finished, Job, Served
 from grpo.rollouts.proof import WeightProofError
 from grpo.rollouts.sampling import completion_key
 from grpo.rollouts.vllm_update import ENGINE_ARGS, WeightUpdates
-from grpo.rollouts.weights import Shapes, WeightStream, check_weights, checkpoint_shapes
+from grpo.rollouts.weights import WeightStream, check_weights, checkpoint_shapes
 from grpo.types import Completion, FinishReason, Request, Sampling
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class VLLMEngine(ServedEngine):
         }
         self._llm: LLM | None = LLM(**arguments)
         self._version, self._asleep = 0, False
-        self._expected = _expected_shapes(model_path, revision)
+        self._expected = checkpoint_shapes(model_path, revision) or None
         self._tied_head = {"lm_head.weight"} if self._llm.model_config.hf_config.tie_word_embeddings else set()
         self._one_worker = self._llm.llm_engine.vllm_config.parallel_config.world_size == 1
         self._updates = WeightUpdates(self._llm.collective_rpc, apart=not self._one_worker)
@@ -320,13 +320,3 @@ def _finish_reason(reason: str | None) -> FinishReason:
         return FinishReason(str(reason))
     except ValueError:
         raise RuntimeError(f"vLLM gave up on a completion (finish reason {reason!r})") from None
-
-
-def _expected_shapes(model_path: str, revision: str | None) -> Shapes | None:
-    """The checkpoint's tensors; None if it has no safetensors files to tell."""
-    folder = Path(model_path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(model_path, revision=revision, local_files_only=True, allow_patterns=["*.safetensors"]))
-    return checkpoint_shapes(folder) or None

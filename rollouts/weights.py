@@ -107,8 +107,17 @@ def shown(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
-def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in a folder's safetensors files, from their headers alone; empty if it has none."""
+def checkpoint_shapes(model: str, revision: str | None = None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in a model's safetensors files, from their headers alone; empty if it has none.
+
+    Args:
+        model: a folder, or a hub id that has been downloaded.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=["*.safetensors"]))
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:

@@ -168,6 +168,20 @@ def test_a_full_disk_costs_nothing_that_was_saved(run: RunFolder, value: float, 
             subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+def test_too_small_a_disk_is_known_before_the_run(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 10 million weights: 2 bytes in bf16, 4 in fp32, 2 × 4 of AdamW = 140 MB, which is 133.5 MiB. Two are kept, one is written: 400.5 MiB.
+    free = 0
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - free, free))
+    there = sum(file.stat().st_size for step in (2, 3) for file in run.checkpoint(step).iterdir())  # what goes for the new ones
+    free = 3 * 140_000_000 - there
+    assert checkpoint.little_room(run, 10_000_000, moments=2, keep=2) is None
+    free -= 1
+    said = checkpoint.little_room(run, 10_000_000, moments=2, keep=2)
+    assert said and "(2 that are kept and one that is written, 134 MiB each)" in said and "run.keep_checkpoints" in said
+    assert checkpoint.little_room(run, 10_000_000, moments=0, keep=2) is None
+    assert checkpoint.little_room(run, 10_000_000, moments=2, keep=1) is None
+
+
 def test_an_error_that_is_not_the_disks_stays_what_it_is(run: RunFolder) -> None:
     class Wrong(Numbers):
         def save(self, folder: Path) -> None:

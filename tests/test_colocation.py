@@ -35,6 +35,7 @@ from grpo.rollouts.pool import EnginePool, start_ray, stop_ray
 from grpo.rollouts.scripted import ScriptedEngine
 from grpo.rollouts.transfer import Disk
 from grpo.run import RunFolder
+from grpo.toy import Characters
 from grpo.trainer import Settings
 from grpo.types import Completion, Request, Sampling
 
@@ -243,21 +244,6 @@ def test_a_run_that_shares_its_gpu_is_gone_on_with(tmp_path: Path, tiny_model: s
 
 
 # ---------------------------------------------------------------- a pool
-
-
-class Characters:
-    """A tokenizer that loads nothing."""
-
-    eos_token_id = 0
-
-    def __len__(self) -> int:
-        return 128
-
-    def encode(self, text: str, **_: Any) -> list[int]:
-        return [ord(character) for character in text]
-
-    def decode(self, token_ids: Sequence[int], **_: Any) -> str:
-        return "".join(chr(token) for token in token_ids if token != self.eos_token_id)
 
 
 class SleepyEngine(ScriptedEngine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from grpo.build import plain
-from grpo.config import Config, ConfigError, EngineName, keys
+from grpo.config import Config, ConfigError, EngineName
 from grpo.idle import IDLE
 from grpo.plan import plan
 from grpo.recipe import built_in, compose_recipe, groups, load_recipe, load_run, to_yaml
@@ -17,6 +18,7 @@ from grpo.recipe import built_in, compose_recipe, groups, load_recipe, load_run,
 RECIPE = "r1_zero_arithmetic"
 VLLM_ONLY = "the {} engine is in the trainer's process"
 OWN_LIMITS = "{accuracy: {fn: grpo.rewards.math.accuracy, limits: {cpu_s: 1, memory_mb: 99}}}"
+UNREWARDED = ["reward={}", "environment.weights.won=1.0", "eval.metric=won"]
 
 # The key, its value, what leaves it without effect, a part of the reason.
 REFUSED = [
@@ -54,32 +56,34 @@ REFUSED = [
     ("logger.wandb.tags", "[first]", ["logger.wandb.mode=disabled"], "nothing goes to W&B"),
     ("scoring.cpu_s", "9", [f"reward={OWN_LIMITS}"], "every reward part has a limit of its own"),
     ("scoring.memory_mb", "512", [f"reward={OWN_LIMITS}"], "every reward part has a limit of its own"),
+    ("scoring.workers", "2", UNREWARDED, "without a reward part there is no reward process"),
+    ("scoring.cpu_s", "9", UNREWARDED, "without a reward part"),
+    ("scoring.memory_mb", "512", UNREWARDED, "without a reward part"),
     ("model.trust_remote_code", "true", ["model=smollm2_135m_instruct"], "brings no code"),
     ("environment.weights.won", "0.5", ["environment=single_turn"], "grpo.rollouts.environments.SingleTurn gives no score of this name"),
     ("environment.weights.won", "0.5", ["environment=python_tool", "rollout.stop=['</python>']"], "PythonTool gives no score of this name"),
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "off", "reason"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
-def test_a_value_that_does_nothing_is_refused_with_the_reason(key: str, value: str, off: Sequence[str], reason: str) -> None:
+def refusal(key: str, value: str, off: Sequence[str]) -> ConfigError:
     with pytest.raises(ConfigError) as error:
         plan(load_recipe(RECIPE, *off, f"{key}={value}"))
-    assert error.value.key == key
-    assert reason in str(error.value) and "\n  → " in str(error.value)
+    return error.value
+
+
+@pytest.mark.parametrize(("key", "value", "off", "reason"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_value_that_does_nothing_is_refused_with_the_reason(key: str, value: str, off: Sequence[str], reason: str) -> None:
+    error = refusal(key, value, off)
+    assert error.key == key
+    assert reason in str(error) and "\n  → " in str(error)
 
 
 def test_every_row_of_the_table_is_tried() -> None:
-    assert {key for row in IDLE for key in row.keys} <= {key for key, *_ in REFUSED} | {"scoring.workers"}
-    assert all(key in keys() for row in IDLE for key in row.keys)
-
-
-@pytest.mark.parametrize("key", ["scoring.workers=2", "scoring.cpu_s=9", "scoring.memory_mb=512"])
-def test_reward_processes_are_not_configured_where_the_environment_judges_alone(key: str) -> None:
-    alone = ["reward={}", "environment.weights.won=1.0", "eval.metric=won"]
-    assert load_recipe(RECIPE, *alone).reward == {}
-    with pytest.raises(ConfigError, match=r"scoring\.\w+: .* which does nothing: without a reward part") as error:
-        load_recipe(RECIPE, *alone, key)
-    assert error.value.key == key.partition("=")[0]
+    said = [(key, str(refusal(key, value, off))) for key, value, off, _ in REFUSED]
+    for row in IDLE:
+        pattern = ".*".join(map(re.escape, row.why.split("{}")))
+        for key in row.keys:
+            assert any(key == name and re.search(pattern, text) for name, text in said), f"{row.switch} → {key}"
 
 
 # ---------------------------------------------------------------- what the command line switches off
@@ -121,6 +125,14 @@ def test_it_takes_along_what_the_recipe_had_set_for_it(for_vllm: str, words: Seq
     before, now = leaves(load_recipe(for_vllm)), leaves(load_recipe(for_vllm, *words))
     changed = {key.rpartition(".")[2]: now[key] for key in before if now.get(key) != before[key] and not switched(key, words)}
     assert changed == gone
+
+
+def test_a_row_that_looks_at_two_keys_is_switched_by_either(for_vllm: str, tmp_path: Path) -> None:
+    played = tmp_path / "played.yaml"
+    text = Path(for_vllm).read_text().replace("{reward: r1_rules}", "{reward: match}") + "environment: {weights: {won: 0.5}}\n"
+    played.write_text(text)
+    assert load_recipe(str(played)).algo.combine_rewards == "after"
+    assert load_recipe(str(played), "environment.weights.won=0").algo.combine_rewards == "before"
 
 
 def leaves(config: Config) -> dict[str, object]:

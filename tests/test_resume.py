@@ -214,6 +214,8 @@ def test_a_full_disk_ends_the_run_in_words_and_costs_nothing_that_was_saved(work
     on_disk = f"run.dir={small_disk}"
     assert workshop.train("full", *ENGINES["hf"], on_disk) == 1
     said = workshop.said()
+    warned = re.search(rf"grpo: warning: run\.dir: {small_disk}/digits/full has (\d+) MiB of disk free, and checkpoints will take", said)
+    assert warned and int(warned[1]) <= room  # known before the first step
     assert f"grpo: run.dir: cannot write '{small_disk}/digits/full/checkpoints/step_000004': No space left on device\n  → " in said
     assert "make room, or keep fewer checkpoints (run.keep_checkpoints)" in said and "Traceback" not in said
     run = RunFolder.open(small_disk / "digits" / "full")
