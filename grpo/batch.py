@@ -99,7 +99,8 @@ class Batch:
 
 
 def collate(groups: Sequence[Group], parts: Sequence[str] = ()) -> Batch:
-    """Flatten groups; a completion without tokens of the policy, or one that could not be scored, takes no part in the loss or its totals.
+    """Flatten groups. A completion without tokens of the policy, or one that could not be scored, is left out: of the loss, of its totals
+    and of what its group is compared with.
 
     Args:
         parts: the reward parts whose values become ``part_rewards``, in this order.

@@ -50,14 +50,20 @@ class Learner:
 
     def prepare(self, batch: Batch) -> Batch:
         """Add what the objective asks for: the log-probs of the policies it compares with, and advantages."""
-        if self.reference is not None:
-            batch = replace(batch, reference_logprobs=self.reference.score(batch).logprobs)
+        if self.credit.needs_reference:
+            batch = self.referred(batch)
         batch = replace(batch, advantages=self.credit(batch))
         if self.mask_truncated:  # after the advantages: a truncated completion was still an answer to compare with
             batch = batch.without_truncated()
+        if batch.reference_logprobs is None and self.loss.needs_reference:
+            batch = self.referred(batch)
         if self.updates_per_step > 1 and not self.loss.anchor_is_behavior:  # with one update the proximal policy is the policy
             batch = replace(batch, proximal_logprobs=self.proximal(batch))
         return batch
+
+    def referred(self, batch: Batch) -> Batch:
+        assert self.reference is not None, "the reference is made before the first step"
+        return replace(batch, reference_logprobs=self.reference.score(batch).logprobs)
 
     def proximal(self, batch: Batch) -> Tensor:
         """Log-probs of the policy as it is now; those of completions without signal, which no update looks at, stay 0."""

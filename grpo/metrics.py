@@ -112,8 +112,8 @@ def passes(rollout: Rollout, metric: str) -> bool:
 
 def has_signal(group: Group, part: str | None = None) -> bool:
     """Whether the rewards of a group (or one part of them) differ at all; only then does it move the policy. Exact equality, as the
-    advantages use."""
-    scored = [rollout for rollout in group.rollouts if rollout.scored]
+    advantages use, of the rollouts that ``batch.collate`` keeps."""
+    scored = [rollout for rollout in group.rollouts if rollout.scored and rollout.completion.num_sampled]
     rewards = [rollout.reward if part is None else rollout.scores[part].value for rollout in scored]
     return bool(rewards) and max(rewards) != min(rewards)
 

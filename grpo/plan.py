@@ -23,6 +23,7 @@ from grpo.toy import toy_group
 from grpo.types import Problem
 
 WITHIN_GROUP = {f"grpo.advantages.{name}" for name in ("group_norm", "center", "leave_one_out", "max_rl")}  # 0 without others to compare
+OF_SINGLE_TOKENS = {"grpo.objectives.dppo_tv", "grpo.objectives.dppo_kl"}
 OF_THE_SAMPLER = {f"grpo.corrections.{name}" for name in (
     "truncated_importance", "truncated_sequence_importance", "token_mask", "sequence_mask", "geometric_mask"
 )}
@@ -117,6 +118,7 @@ def plan(config: Config) -> Plan:
     check_engine(config)
     check_environment(made)
     try_loss(made)
+    check_advantage(made)
     check_model(config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
     return made
 
@@ -128,22 +130,13 @@ def check_combination(made: Plan) -> None:
         ConfigError: naming one of them.
     """
     config, algo = made.config, made.config.algo
-    if config.rollout.completions_per_problem == 1 and made.advantage.target in WITHIN_GROUP and not (made.kl_coef or algo.entropy_coef):
-        raise ConfigError(
-            "rollout.completions_per_problem",
-            f"is 1, but {made.advantage.target} compares the completions of a problem: nothing would be learned",
-            "raise it, or compare across the batch: algo=reinforce_pp",
-        )
-    if config.rollout.sampling_rounds > 1 and made.advantage.target not in WITHIN_GROUP:
-        raise ConfigError(
-            "rollout.sampling_rounds",
-            f"is {config.rollout.sampling_rounds}, but with {made.advantage.target} a group whose rewards are equal moves the policy too",
-            "set it to 1, or choose an advantage that compares within the group",
-        )
     for key in ("cpu_s", "memory_mb"):
         value, own = getattr(config.scoring, key), [key in part.limits for part in made.rewards]
         if own and all(own) and value != DEFAULTS[f"scoring.{key}"]:
             raise ConfigError(f"scoring.{key}", f"is {value}, which does nothing: every reward part has a limit of its own", "leave it out")
+    if made.objective.target in OF_SINGLE_TOKENS and made.ratio.target != "grpo.ratios.token":
+        what = f"is {made.ratio.target}, but {made.objective.target} bounds how far the probability of each token moves"
+        raise ConfigError("algo.ratio", what, "algo.ratio.fn=grpo.ratios.token")
     for name, ref in made.corrections.items():
         if algo.anchor is Anchor.behavior and ref.target in OF_THE_SAMPLER:
             raise ConfigError(
@@ -151,6 +144,39 @@ def check_combination(made: Plan) -> None:
                 f"{ref.target} weighs π_prox/π_behav, which is always 1 with algo.anchor=behavior",
                 "leave it out: algo.correction={}",
             )
+
+
+def check_advantage(made: Plan) -> None:
+    """What is asked of the step's shape of an advantage that compares within the group, and of one that does not: tried, not known by name.
+
+    Raises:
+        ConfigError: nothing would be learned, or groups would be dropped that the policy could learn from.
+    """
+    config, algo = made.config, made.config.algo
+    if config.rollout.completions_per_problem == 1 and not (_credits(made, [1.0]) or made.kl_coef or algo.entropy_coef):
+        raise ConfigError(
+            "rollout.completions_per_problem",
+            f"is 1, but {made.advantage.target} compares the completions of a problem: nothing would be learned",
+            "raise it, or compare across the batch: algo=reinforce_pp",
+        )
+    if config.rollout.sampling_rounds > 1 and _credits(made, [0.3] * 4):
+        raise ConfigError(
+            "rollout.sampling_rounds",
+            f"is {config.rollout.sampling_rounds}, but with {made.advantage.target} a group whose rewards are equal moves the policy too",
+            "set it to 1, or choose an advantage that compares within the group",
+        )
+
+
+def _credits(made: Plan, rewards: list[float]) -> bool:
+    """Whether a group with these rewards has any advantage."""
+    import torch
+
+    try:
+        advantages = made.advantage.load()(torch.tensor(rewards, dtype=torch.float64), torch.zeros(len(rewards), dtype=torch.long))
+    except Exception as error:  # the user's code: anything
+        what = f"{made.advantage.target} fails for a group with the rewards {rewards}: {type(error).__name__}: {error}"
+        raise ConfigError("algo.advantage", what, "such groups come up in every run") from error
+    return bool((advantages != 0).any())
 
 
 def _environment_node(config: Config) -> tuple[dict[str, Any], dict[str, float]]:

@@ -35,7 +35,8 @@ def sequence_token(log_ratio: Tokens, rollout_index: Index) -> Tokens:
 
 def sequence_sum(values: Tokens, rollout_index: Index) -> Tokens:
     """Σ over the tokens of each completion, at every one of them."""
-    num = int(rollout_index.max()) + 1 if rollout_index.numel() else 0
+    # There are no more completions than tokens; how many there are would have to be waited for on a GPU.
+    num = int(rollout_index.max()) + 1 if rollout_index.numel() and rollout_index.device.type == "cpu" else rollout_index.numel()
     return torch.zeros(num, dtype=values.dtype, device=values.device).index_add(0, rollout_index, values)[rollout_index]
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo import advantages
+from grpo.batch import collate
 from grpo.data import ProblemSource
 from grpo.metrics import has_signal
 from grpo.rollouts.dynamic import draw_groups
@@ -48,3 +50,13 @@ def test_what_is_drawn_is_kept_or_dropped_once(mixed: list[bool], wanted: int, r
     assert list(dict.fromkeys(passed)) == [problem for call in calls for problem in call], "in order, and only repetitions are passed over"
     without = [g for g in drawn.kept if not has_signal(g)]
     assert not without or len(calls) == rounds, "only what the last round gave is kept without signal"
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0, float("nan")]), st.integers(0, 2)), min_size=1, max_size=4))
+def test_a_group_has_signal_exactly_if_it_is_given_an_advantage(rollouts: list[tuple[float, int]]) -> None:
+    """Completions that could not be scored, and those without a token of the policy, are left out of both."""
+    rewards, lengths = zip(*rollouts, strict=True)
+    group = toy_group("g", rewards, lengths)
+    batch = collate([group]).with_advantages(advantages.center)
+    assert batch.advantages is not None
+    assert has_signal(group) is bool((batch.advantages != 0).any())

@@ -104,6 +104,15 @@ def test_truncated_completions_count_in_their_group_and_are_not_trained_on() -> 
     assert trained.totals.tokens == 6 and trained.totals.rollouts == 2
 
 
+def test_the_reference_scores_what_is_trained_on_unless_the_reward_needs_it_of_all() -> None:
+    cut = toy_group("g", [1, 0, 0], [2, 3, 4], truncated=[False, True, False])
+    in_loss = learner(Notes(), mask_truncated=True, loss=WITH_KL, credit=Credit(advantage=advantages.center))
+    in_reward = learner(Notes(), mask_truncated=True, credit=Credit(advantage=advantages.center, kl=kl.k3, kl_coef=0.1))
+    for learns, tokens in (in_loss, 6), (in_reward, 9):
+        learns.learn([cut])
+        assert isinstance(learns.reference, Notes) and learns.reference.scored == [tokens]
+
+
 def test_when_nothing_is_left_the_step_is_counted_as_empty() -> None:
     policy = Notes()
     everything_cut = toy_group("g", [1, 0], [2, 3], truncated=[True, True])
@@ -158,6 +167,7 @@ def test_a_sentence_stands_where_it_is_true_and_nowhere_else(overrides: list[str
         (["algo=grpo", "rollout.completions_per_problem=1"], "rollout.completions_per_problem"),
         (["algo=grpo", "algo.anchor=behavior"], "algo.correction.tis"),
         (["algo=reinforce_pp", "rollout.sampling_rounds=3"], "rollout.sampling_rounds"),
+        (["algo=dppo", "algo.ratio.fn=grpo.ratios.sequence"], "algo.ratio"),
         (["algo=grpo", "algo.kl.fn=grpo.kl.k3"], "algo.kl.coef"),
         (["algo=grpo", "algo.kl={fn: grpo.kl.k3, coef: .inf}"], "algo.kl.coef"),
     ],
@@ -166,6 +176,37 @@ def test_settings_that_do_nothing_together_are_refused(overrides: list[str], key
     with pytest.raises(ConfigError) as caught:
         card(*overrides)
     assert caught.value.key == key
+
+
+OWN = '''
+import torch
+def best_of(rewards, group_index):
+    """1 for the best of a group whose rewards differ."""
+    out = torch.zeros_like(rewards)
+    for group in group_index.unique():
+        mine = rewards[group_index == group]
+        out[group_index == group] = ((mine == mine.max()) & (mine.max() != mine.min())).double()
+    return out
+def above_half(rewards, group_index):
+    return rewards - 0.5
+def fails_on_equals(rewards, group_index):
+    assert len(rewards) != 4, "I divide by the spread"
+    return rewards
+'''
+
+
+def test_an_advantage_of_ones_own_is_asked_not_known_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    assert "Groups without signal are replaced" in card("algo=dapo", f"algo.advantage.fn={file}:best_of")
+    with pytest.raises(ConfigError, match=r"sampling_rounds: .* with .*above_half a group whose rewards are equal moves the policy too"):
+        card("algo=dapo", f"algo.advantage.fn={file}:above_half")
+    with pytest.raises(ConfigError, match=r"advantage: .*fails_on_equals fails for a group .* I divide by the spread"):
+        card("algo=dapo", f"algo.advantage.fn={file}:fails_on_equals")
+    alone = "rollout.completions_per_problem=1"
+    with pytest.raises(ConfigError, match=r"best_of compares the completions of a problem: nothing would be learned"):
+        card("algo=grpo", f"algo.advantage.fn={file}:best_of", alone)
+    assert "16 completions a step" in card("algo=grpo", f"algo.advantage.fn={file}:above_half", alone)
 
 
 WRONG = '''

@@ -200,6 +200,19 @@ def test_group_norm_has_mean_0_and_spread_1_whatever_the_scale(rows: list[list[f
         assert float(mine.square().mean()) == pytest.approx(1.0 if max(row) != min(row) else 0.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("size", [5e-324, 1e-170, 1.0, 1e200, 8e307])
+def test_no_size_of_rewards_is_too_small_or_too_large(size: float) -> None:
+    """The square of 1e-170 is 0, that of 1e200 is ∞, and so is 8e307 − (−1.6e308): 1.6e308 is nearly the largest float64."""
+    rewards, groups = torch.tensor([size, -2 * size, size], dtype=torch.float64), groups_of(3)
+    root = math.sqrt(2)  # mean 0, variance (1 + 4 + 1)/3 · size² = 2 · size²
+    assert advantages.group_norm(rewards, groups).tolist() == pytest.approx([1 / root, -root, 1 / root], rel=1e-12)
+    assert advantages.whiten(rewards).tolist() == pytest.approx([1 / root, -root, 1 / root], rel=1e-12)
+    assert advantages.center(rewards, groups).tolist() == pytest.approx(rewards.tolist(), rel=1e-12)
+    # mean (0 + 2 + 1)/3 · size = size: (0 − 1)/1, (2 − 1)/1, (1 − 1)/1
+    successes = torch.tensor([0, 2 * size, size], dtype=torch.float64)
+    assert advantages.max_rl(successes, groups).tolist() == pytest.approx([-1, 1, 0], abs=1e-12)
+
+
 @given(reward_groups)
 def test_leave_one_out_is_the_difference_to_the_others(rows: list[list[float]]) -> None:
     out = advantages.leave_one_out(tensor(*[r for row in rows for r in row]), groups_of(*map(len, rows))).tolist()
