@@ -70,7 +70,7 @@ def reward_itself(rewards: Rewards, group_index: Groups) -> Advantages:
     return rewards.double().nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
-@written("(Aₜ − mean(A)) / std(A), over all tokens of the batch; 0 where all are equal", "REINFORCE++ 2501.03262 v1 §3.5, advantage normalisation")
+@written("(Aₜ − mean(A)) / std(A), over all tokens of the batch; 0 where all are equal", "REINFORCE++ 2501.03262 v1 §3.5")
 def whiten(advantages: Tokens) -> Tokens:
     """(A_t − mean(A)) / std(A) over all tokens of the batch (REINFORCE++ 2501.03262); exactly 0 where all are equal."""
     if advantages.numel() == 0 or bool(advantages.max() == advantages.min()):

@@ -15,7 +15,6 @@ from grpo.notation import checked, number, whole, written
 Tokens = Float[Tensor, " tokens"]
 Scalar = Float[Tensor, ""]
 
-
 _DAPO = "DAPO 2503.14476 §3.3, over the whole batch as in its code; Eq. 8 as printed is per prompt: group_mean"
 
 

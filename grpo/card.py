@@ -8,8 +8,13 @@ from typing import Any
 
 from grpo.config import Anchor, CombineRewards, KLPlace
 from grpo.imports import FunctionRef
-from grpo.notation import formula, source
+from grpo.notation import formula, number, source
 from grpo.plan import WITHIN_GROUP, Plan
+
+BOUNDED = {f"grpo.objectives.{name}" for name in ("clipped_surrogate", "cispo", "dppo_tv", "dppo_kl")}
+A_WHERE_RHO_IS_1 = {f"grpo.objectives.{name}" for name in ("clipped_surrogate", "policy_gradient", "dppo_tv", "dppo_kl")}
+EVERY_TOKEN_ALIKE = {f"grpo.aggregation.{name}" for name in ("token_mean", "sequence_sum", "constant_length")}
+LONGER_COUNTS_MORE = EVERY_TOKEN_ALIKE | {"grpo.aggregation.group_mean"}
 
 
 def objective_card(plan: Plan) -> str:
@@ -28,11 +33,11 @@ def _equations(plan: Plan) -> Iterator[tuple[str, str]]:
     weight = " · ".join(f"w_{name}" for name in plan.corrections)
     objective = _formula(plan.objective, anchor)
     loss = f"− {aggregate} [ " + (f"{weight} · ( {objective} )" if weight else objective) + " ]"
-    in_loss = plan.kl is not None and plan.kl_coef != 0 and algo.kl_in is KLPlace.loss
+    in_loss = _kl_is_in(plan, KLPlace.loss)
     if in_loss:
-        loss += f" + {plan.kl_coef:g} · {aggregate} [ KL ]"
+        loss += f" + {number(plan.kl_coef)} · {aggregate} [ KL ]"
     if algo.entropy_coef:
-        loss += f" − {algo.entropy_coef:g} · {aggregate} [ H ]"
+        loss += f" − {number(algo.entropy_coef)} · {aggregate} [ H ]"
     yield "L(θ)", loss
     yield "ρ", _formula(plan.ratio, anchor)
     for name, ref in plan.corrections.items():
@@ -42,11 +47,11 @@ def _equations(plan: Plan) -> Iterator[tuple[str, str]]:
     if algo.entropy_coef:
         yield "H", "entropy of π_θ(· | q, o_<t), in nats"
     yield from _credit(plan)
-    counted = [part for part in plan.rewards if part.weight]
+    weights = plan.counted_weights.items()
     if algo.combine_rewards is CombineRewards.after:
-        yield "r_k, w_k", ", ".join(f"{part.name} with w = {part.weight:g}" for part in counted)
+        yield "r_k, w_k", ", ".join(f"{name} with w = {number(w)}" for name, w in weights) or "none: no score has a weight"
     else:
-        yield "r", " + ".join(f"{part.weight:g} · {part.name}" for part in counted) or "0"
+        yield "r", " + ".join(f"{number(w)} · {name}" for name, w in weights) or "0: no score has a weight"
 
 
 def _credit(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -55,11 +60,11 @@ def _credit(plan: Plan) -> Iterator[tuple[str, str]]:
     if algo.combine_rewards is CombineRewards.after:
         of_a_part = advantage.replace("rᵢ", "rᵢₖ").replace("(r)", "(r_k)").replace("(r of", "(r_k of")
         advantage = f"Σ_k w_k · [ {of_a_part} ] over the reward parts k"
-    kl_in_reward = plan.kl is not None and plan.kl_coef and algo.kl_in is KLPlace.reward
+    kl_in_reward = _kl_is_in(plan, KLPlace.reward)
     name = "Aᵢ" if kl_in_reward or plan.normalise else "A"
     yield name, advantage
     if kl_in_reward:
-        yield "Aₜ" if plan.normalise else "A", f"Aᵢ − {plan.kl_coef:g} · Σ_{{s ≥ t}} KL_s"
+        yield "Aₜ" if plan.normalise else "A", f"Aᵢ − {number(plan.kl_coef)} · Σ_{{s ≥ t}} KL_s"
     if plan.normalise:
         yield "A", _formula(plan.normalise) if kl_in_reward else _formula(plan.normalise).replace("Aₜ", "Aᵢ")
 
@@ -87,21 +92,20 @@ def _batch(plan: Plan) -> Iterator[str]:
     if replaced:
         yield (
             f"Groups without signal are replaced by further problems in up to {config.rollout.sampling_rounds} rounds: a step may sample "
-            f"more than {total} completions; all are stored, and the reward metrics are of all."
+            f"more than it trains on; all are stored, and the reward metrics are of all."
         )
     yield from _ratio_in_words(plan)
     yield from _corrections_in_words(plan)
     if config.rollout.max_staleness:
         yield _staleness_in_words(plan)
     if config.rollout.temperature != 1:
-        yield f"π_θ, π_ref and all other log-probs are those at temperature {config.rollout.temperature:g}."
+        yield f"π_θ, π_ref and all other log-probs are those at temperature {number(config.rollout.temperature)}."
     yield from _truncation_in_words(plan)
-    if _loss_near_zero(plan):
-        yield "The advantages of a group sum to 0 and every completion counts the same: a loss value near 0 is normal."
-    else:
-        yield "The loss value depends on how long completions are and says nothing of progress: watch the reward and the gradient norm."
+    yield _loss_value_in_words(plan)
     if algo.mask_truncated:
-        yield "Completions cut off by the token limit are compared with, but take no part in the loss nor in its denominators."
+        compared = plan.advantage.target in WITHIN_GROUP or _whitens(plan)
+        but = "are compared with, but " if compared else ""
+        yield f"Completions cut off by the token limit {but}take no part in the loss nor in its denominators."
     if plan.kl is not None and plan.kl_coef:
         yield _reference_in_words(algo.reference_refresh, updates)
     elif plan.kl is not None:
@@ -109,26 +113,30 @@ def _batch(plan: Plan) -> Iterator[str]:
 
 
 def _updates(plan: Plan) -> str:
-    problems, samples = plan.config.rollout.problems_per_step, plan.config.rollout.completions_per_problem
-    updates = plan.config.optim.updates_per_step
+    config, samples = plan.config, plan.config.rollout.completions_per_problem
+    problems, updates = config.rollout.problems_per_step, config.optim.updates_per_step
+    masked, may_be_fewer = config.algo.mask_truncated, config.rollout.sampling_rounds > 1
     if updates == 1:
-        return f"one optimiser update of all {problems * samples}"
+        which = "that were not cut off" if masked else "of them" if may_be_fewer else f"{problems * samples}"
+        return f"one optimiser update of all {which}"
     low, extra = divmod(problems, updates)
-    sizes = f"{low * samples}" if not extra else f"{low * samples} or {(low + 1) * samples}"
-    return f"{updates} optimiser updates of {sizes} (whole groups)"
+    most = (low + bool(extra)) * samples
+    sizes = f"up to {most}" if masked or may_be_fewer else f"{low * samples} or {most}" if extra else f"{most}"
+    return f"{updates} optimiser updates of {sizes} (whole groups{', less what was cut off' if masked else ''})"
 
 
 def _ratio_in_words(plan: Plan) -> Iterator[str]:
-    updates = plan.config.optim.updates_per_step
-    unbounded = plan.objective.target in ("grpo.objectives.policy_gradient", "grpo.objectives.sapo")
+    updates, bounded = plan.config.optim.updates_per_step, plan.objective.target in BOUNDED
     if plan.config.algo.anchor is Anchor.behavior:
-        acts = "" if unbounded else ": its bounds act on the sampler's mismatch too, from the first update on"
+        acts = ": its bounds act on the sampler's mismatch too, from the first update on" if bounded else ""
         yield f"ρ compares with the engine's own log-probs{acts}."
+    elif not _known_ratio(plan):
+        yield "One update a step: π_prox is π_θ itself." if updates == 1 else "π_prox is the policy at the start of the step."
     elif updates == 1:
-        binds = "" if unbounded else ", and no bound on it can bind"
+        binds = ", and no bound on it can bind" if bounded else ""
         yield f"One update a step: π_prox is π_θ itself, so ρ is exactly 1{binds}."
     else:
-        acts = "" if unbounded else "; its bounds act from the second on"
+        acts = "; its bounds act from the second on" if bounded else ""
         yield f"π_prox is the policy at the start of the step: ρ is 1 in the first of {updates} updates{acts}."
 
 
@@ -136,15 +144,16 @@ def _corrections_in_words(plan: Plan) -> Iterator[str]:
     if not plan.corrections and plan.config.algo.anchor is Anchor.proximal:
         yield "Nothing corrects for the difference between the engine's log-probs and the trainer's; `sampler/k3` shows how large it is."
     for name, ref in plan.corrections.items():
-        cap = _arguments(ref).get("cap")
-        does = f"is truncated at {cap:g}" if isinstance(cap, int | float) else "weighs the objective"
+        ours = ref.target.startswith("grpo.corrections.")  # what cap means in another's function is not known
+        cap = _arguments(ref).get("cap") if ours else None
+        does = "weighs the objective" if cap is None else f"is truncated at {number(cap)}"
         yield f"w_{name}, for the difference between the engine's log-probs and the trainer's, {does}."
 
 
 def _truncation_in_words(plan: Plan) -> Iterator[str]:
     rollout = plan.config.rollout
     settings = (("min-p", rollout.min_p, 0), ("top-k", rollout.top_k, 0), ("top-p", rollout.top_p, 1))  # as they are applied
-    if cuts := " and ".join(f"{name} {value:g}" for name, value, off in settings if value != off):
+    if cuts := " and ".join(f"{name} {number(value)}" for name, value, off in settings if value != off):
         yield (
             f"π_θ, π_ref and all other log-probs, the entropy and the KL are taken over the tokens that {cuts} left to choose from "
             "when the token was sampled: the engine reports them (keep-sampling-mask, DeepSeek-V3.2)."
@@ -164,26 +173,64 @@ def _staleness_in_words(plan: Plan) -> str:
 def _reference_in_words(refresh: int, updates: int) -> str:
     if not refresh:
         return "π_ref is the model the run started from."
-    steps = f", that is, every {refresh // updates} steps" if refresh % updates == 0 else ""
-    return f"π_ref becomes the policy every {refresh} optimiser updates{steps}."
+    becomes = f"π_ref becomes the policy every {_many(refresh, 'optimiser update')}"
+    if refresh % updates:
+        return f"{becomes}; its log-probs are taken once a step, so a refresh within a step acts from the next step on."
+    return f"{becomes}, that is, every {_many(refresh // updates, 'step')}."
 
 
-def _loss_near_zero(plan: Plan) -> bool:
-    """Whether the loss is Σ of each group's advantages, each counted the same: 0 but for the corrections."""
+def _many(count: int, what: str) -> str:
+    return what if count == 1 else f"{count} {what}s"
+
+
+def _loss_value_in_words(plan: Plan) -> str:
+    if why := _why_advantages_cancel(plan):
+        terms = [*(["KL"] if _kl_is_in(plan, KLPlace.loss) else []), *(["entropy"] if plan.config.algo.entropy_coef else [])]
+        rest = f"the loss value is about that of its {' and '.join(terms)} term{'s' * (len(terms) - 1)} alone"
+        return f"{why}: {rest if terms else 'a loss value near 0 is normal'}."
+    if _loss_depends_on_lengths(plan):
+        return "The loss value depends on how long completions are: watch the reward and the gradient norm instead."
+    return "Watch the reward and the gradient norm, not the loss value."
+
+
+def _why_advantages_cancel(plan: Plan) -> str:
+    """Why −Agg[ w · J ] is 0 but for the sampler's mismatch: J is A, and the A that are added up sum to 0. Empty where it is not."""
     config, algo = plan.config, plan.config.algo
-    return (
-        plan.advantage.target in WITHIN_GROUP
-        and plan.normalise is None
-        and plan.aggregation.target == "grpo.aggregation.sequence_mean"
-        and plan.objective.target in ("grpo.objectives.clipped_surrogate", "grpo.objectives.policy_gradient")
-        and all(ref.target == "grpo.corrections.truncated_importance" for ref in plan.corrections.values())
-        and config.optim.updates_per_step == 1
-        and not config.rollout.max_staleness
-        and algo.anchor is Anchor.proximal
-        and not (plan.kl is not None and plan.kl_coef)
-        and not algo.entropy_coef
-        and not algo.mask_truncated
+    rho_is_1 = _known_ratio(plan) and algo.anchor is Anchor.proximal and config.optim.updates_per_step == 1
+    weights_near_1 = not config.rollout.max_staleness and all(
+        ref.target == "grpo.corrections.truncated_importance" for ref in plan.corrections.values()
     )
+    if not (rho_is_1 and weights_near_1 and plan.objective.target in A_WHERE_RHO_IS_1) or algo.mask_truncated:
+        return ""
+    if _whitens(plan) and plan.aggregation.target in EVERY_TOKEN_ALIKE:
+        return "The whitened advantages of all tokens sum to 0 and every token counts the same"
+    by_rollout = plan.normalise is None and not _kl_is_in(plan, KLPlace.reward)
+    if by_rollout and plan.advantage.target in WITHIN_GROUP and plan.aggregation.target == "grpo.aggregation.sequence_mean":
+        return "The advantages of a group sum to 0 and every completion counts the same"
+    return ""
+
+
+def _loss_depends_on_lengths(plan: Plan) -> bool:
+    """Whether it surely does: what a function of the user's own does with lengths is not known."""
+    return (
+        plan.aggregation.target in LONGER_COUNTS_MORE
+        and plan.normalise is None
+        and plan.config.rollout.completions_per_problem > 1  # a group's mean over one completion is that completion's
+        and all(ref.target.startswith("grpo.") for _, ref in _components(plan))
+    )
+
+
+def _known_ratio(plan: Plan) -> bool:
+    """Whether ρ is 1 where the policy is the anchor, as for all of ours."""
+    return plan.ratio.target.startswith("grpo.ratios.")
+
+
+def _whitens(plan: Plan) -> bool:
+    return plan.normalise is not None and plan.normalise.target == "grpo.advantages.whiten"
+
+
+def _kl_is_in(plan: Plan, place: KLPlace) -> bool:
+    return plan.kl is not None and plan.kl_coef != 0 and plan.config.algo.kl_in is place
 
 
 def _formula(ref: FunctionRef, anchor: str = "π_prox") -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from grpo.notation import checked, interval, positive, written
+from grpo.notation import checked, interval, number, positive, written
 from grpo.ratios import sequence_mean, sequence_sum
 
 Tokens = Float[Tensor, " tokens"]
@@ -20,7 +20,7 @@ _TIS = (
     "Yao et al. 2025, Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"
 )
 _MISMATCH = "Liu et al. 2025, When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch"
-_ICEPOP = "IcePop, with truncated_importance: Ling team 2025, Small Leak Can Sink a Great Ship; AReaL 2505.24298"
+_ICEPOP = "IcePop, beside truncated_importance with cap ≥ high: Ling team 2025, Small Leak Can Sink a Great Ship; AReaL 2505.24298"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,21 +51,21 @@ class Correction:
 
 
 @checked(lambda cap: positive("cap", cap))
-@written(lambda cap: f"min( π_prox(oₜ)/π_behav(oₜ), {cap:g} )", f"truncated importance sampling: {_TIS}")
+@written(lambda cap: f"min( π_prox(oₜ)/π_behav(oₜ), {number(cap)} )", f"truncated importance sampling: {_TIS}")
 def truncated_importance(mismatch: Mismatch, *, cap: float = 2.0) -> Correction:
     """w_t = min(π_proximal / π_behavior, cap), a token at a time: truncated importance sampling (TIS)."""
     return _capped(mismatch.log_ratio.exp(), cap)
 
 
 @checked(lambda cap: positive("cap", cap))
-@written(lambda cap: f"min( π_prox(oᵢ)/π_behav(oᵢ), {cap:g} ), one for the whole completion", f"sequence-level TIS: {_MISMATCH}")
+@written(lambda cap: f"min( π_prox(oᵢ)/π_behav(oᵢ), {number(cap)} ), one for the whole completion", f"sequence-level TIS: {_MISMATCH}")
 def truncated_sequence_importance(mismatch: Mismatch, *, cap: float = 2.0) -> Correction:
     """w_i = min(Π_t π_proximal / π_behavior, cap), one for the whole completion: less biased, with a variance that grows with length."""
     return _capped(sequence_sum(mismatch.log_ratio, mismatch.rollout_index).exp(), cap)
 
 
 def _bounds(what: str, low: float, high: float) -> str:
-    return f"1 if {low:g} ≤ {what} ≤ {high:g}, else 0"
+    return f"1 if {number(low)} ≤ {what} ≤ {number(high)}, else 0"
 
 
 @checked(interval)
@@ -93,7 +93,7 @@ def geometric_mask(mismatch: Mismatch, *, low: float = 0.99, high: float = 1.01)
 
 
 @checked(lambda delta: positive("delta", delta))
-@written(lambda delta: f"0 if Aᵢ < 0 and 1/|oᵢ| Σₜ log π_behav(oₜ)/π_θ(oₜ) > {delta:g}, else 1", "DeepSeek-V3.2 2512.02556 Eq. 8–9")
+@written(lambda delta: f"0 if Aᵢ < 0 and 1/|oᵢ| Σₜ log π_behav(oₜ)/π_θ(oₜ) > {number(delta)}, else 1", "DeepSeek-V3.2 2512.02556 Eq. 8–9")
 def off_policy_sequence_mask(mismatch: Mismatch, *, delta: float = 0.1) -> Correction:
     """0 for completions with A < 0 whose mean log π_behavior/π_θ exceeds δ, else 1 (DeepSeek-V3.2 2512.02556 Eq. 8–9).
 

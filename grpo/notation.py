@@ -37,6 +37,11 @@ def formula(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str |
         return None
 
 
+def number(value: int | float) -> str:
+    """As it stands in a formula: 1048576, 0.9999999. A whole number in full; else twelve digits, so that 1 − 0.9 is 0.1 as in decimal."""
+    return str(value) if isinstance(value, int) else f"{value:.12g}"
+
+
 def source(function: Callable[..., Any]) -> str:
     return str(getattr(function, "source", ""))
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo.notation import above_one_or_none, checked, not_negative, positive, written
+from grpo.notation import above_one_or_none, checked, not_negative, number, positive, written
 
 Tokens = Float[Tensor, " tokens"]
 
@@ -40,8 +40,8 @@ def _check_clipped(clip_low: Any, clip_high: Any, dual_clip: Any) -> None:
 
 
 def _clipped_formula(clip_low: float, clip_high: float, dual_clip: float | None) -> str:
-    inner = f"min( ρ·A, clip(ρ, {1 - clip_low:g}, {1 + clip_high:g})·A )"
-    return f"max( {inner}, {dual_clip:g}·A ) where A < 0, {inner} where A ≥ 0" if dual_clip else inner
+    inner = f"min( ρ·A, clip(ρ, {number(1 - clip_low)}, {number(1 + clip_high)})·A )"
+    return f"max( {inner}, {number(dual_clip)}·A ) where A < 0, {inner} where A ≥ 0" if dual_clip else inner
 
 
 @checked(_check_clipped)
@@ -74,7 +74,7 @@ def _check_cispo(clip_low: Any, clip_high: Any) -> None:
 
 
 def _cispo_formula(clip_low: float | None, clip_high: float) -> str:
-    return f"sg[ clip(ρ, {0 if clip_low is None else 1 - clip_low:g}, {1 + clip_high:g}) ]·A·log π_θ(oₜ)"
+    return f"sg[ clip(ρ, {number(0 if clip_low is None else 1 - clip_low)}, {number(1 + clip_high)}) ]·A·log π_θ(oₜ)"
 
 
 @checked(_check_cispo)
@@ -102,7 +102,7 @@ def _check_sapo(tau_positive: Any, tau_negative: Any) -> None:
 
 
 def _sapo_formula(tau_positive: float, tau_negative: float) -> str:
-    return f"(4/τ)·σ( τ·(ρ − 1) )·A with τ = {tau_positive:g} where A > 0, else {tau_negative:g}"
+    return f"(4/τ)·σ( τ·(ρ − 1) )·A with τ = {number(tau_positive)} where A > 0, else {number(tau_negative)}"
 
 
 @checked(_check_sapo)
@@ -120,7 +120,7 @@ def _dppo_formula(divergence: str, where: str) -> str:
 
 
 @checked(lambda delta: positive("delta", delta))
-@written(lambda delta: _dppo_formula("|π_θ(oₜ) − π_{anchor}(oₜ)|", f"{delta:g}"), "DPPO 2602.04879 Eq. 12–13")
+@written(lambda delta: _dppo_formula("|π_θ(oₜ) − π_{anchor}(oₜ)|", number(delta)), "DPPO 2602.04879 Eq. 12–13")
 def dppo_tv(log_ratio: Tokens, advantages: Tokens, logprobs: Tokens, *, delta: float = 0.15) -> Objective:
     """M ρ A; M = 0 where the update would leave the trust region, |π − μ| > δ (DPPO, binary total variation, 2602.04879 Eq. 12–13).
 
@@ -132,7 +132,7 @@ def dppo_tv(log_ratio: Tokens, advantages: Tokens, logprobs: Tokens, *, delta: f
 
 
 @checked(lambda delta: positive("delta", delta))
-@written(lambda delta: _dppo_formula("KL(Bern(π_{anchor}(oₜ)) ‖ Bern(π_θ(oₜ)))", f"{delta:g}"), "DPPO 2602.04879 Eq. 12, 14")
+@written(lambda delta: _dppo_formula("KL(Bern(π_{anchor}(oₜ)) ‖ Bern(π_θ(oₜ)))", number(delta)), "DPPO 2602.04879 Eq. 12, 14")
 def dppo_kl(log_ratio: Tokens, advantages: Tokens, logprobs: Tokens, *, delta: float = 0.05) -> Objective:
     """M ρ A with the divergence of the two-outcome distributions, KL(Bern(μ) ‖ Bern(π)) (DPPO 2602.04879 Eq. 12 and 14)."""
     policy = logprobs.detach().clamp(max=0.0)

@@ -102,7 +102,7 @@ def token_mean_ppo(batch: Batch, low: float, high: float) -> Tensor:
 
 
 def dapo(batch: Batch) -> Tensor:
-    """DAPO Eq. 8: clip-higher, every token of the batch counts the same. The overlong punishment is in the rewards."""
+    """DAPO §3.3, over the batch as in its code: clip-higher, every token counts the same. The overlong punishment is in the rewards."""
     return token_mean_ppo(batch, 0.2, 0.28)
 
 
@@ -132,7 +132,7 @@ def gspo(batch: Batch) -> Tensor:
 
 
 def cispo(batch: Batch) -> Tensor:
-    """MiniMax-M1 Eq. 4: sg(min(ρ, 5)) A log π, averaged over all tokens."""
+    """MiniMax-M1 Eq. 4: sg(min(ρ, 5)) A log π, averaged over all tokens, here of the batch."""
     loss = torch.zeros((), dtype=torch.float64)
     for group in batch:
         for c in group:
