@@ -14,8 +14,8 @@ from torch import Tensor
 
 from grpo.batch import collate
 from grpo.policy import Metrics, Policy
-from grpo.rollouts.base import Engine
-from grpo.rollouts.proof import SelfTest, probe_difference, self_test
+from grpo.rollouts.base import Engine, ServedEngine, SyncReport
+from grpo.rollouts.proof import Arrivals, SelfTest, check_sent, probe_difference, self_test
 from grpo.rollouts.weights import WeightStream
 from grpo.types import Completion, Group, Problem, Request, Rollout, Sampling
 
@@ -80,9 +80,9 @@ class WeightSync:
             WeightProofError: an engine does not hold, or does not compute with, what was sent.
         """
         if self._probe is None:
-            return self._engine.load_weights(self._policy.weights(), version).metrics()
+            return self._load(version).metrics()
         if self.tested:
-            report, policy = self._engine.load_weights(self._policy.weights(), version), self._policy
+            report, policy = self._load(version), self._policy
         else:  # the policy itself first scores what it is trained on: that is when its layout is tried
             policy = self._snapshot()
             score, weights = Rescored(policy), dict(WeightStream.of(self._policy.weights()))  # gathered once, sent often
@@ -92,6 +92,19 @@ class WeightSync:
             self._tell(found)
         apart = probe_difference(self._engine, lambda answers: logprobs(policy, answers), self._probe.gauge, self._probe.sampling)
         return report.metrics() | {"sync/probe_logprob_diff": apart}
+
+
+    def _load(self, version: int) -> SyncReport:
+        """Load the policy's weights; what an engine in this process says it got is what was sent. A pool asks each of its own engines."""
+        if not isinstance(self._engine, ServedEngine):
+            return self._engine.load_weights(self._policy.weights(), version)
+        stream, arrivals = WeightStream.of(self._policy.weights()), Arrivals()
+        tensors = arrivals.passing(stream)
+        report = self._engine.load_weights(WeightStream(stream.specs, tensors), version)
+        for _ in tensors:
+            """What it did not take was sent all the same."""
+        check_sent(arrivals.digests, version, report, "the engine")
+        return report
 
 
 class Rescored:

@@ -33,12 +33,16 @@ class Pulse:
 
 
 class Restarts:
-    """A bound on replacements, so that a crash loop ends: at most ``limit`` within any ``window`` seconds."""
+    """A bound on replacements, so that a crash loop ends: at most ``limit`` within any ``window`` seconds without progress in between."""
 
     def __init__(self, limit: int, window: float) -> None:
         self._limit = limit
         self._window = window
         self._times: deque[float] = deque()
+
+    def progress(self) -> None:
+        """Something was finished: what was before is no crash loop."""
+        self._times.clear()
 
     def allow(self, now: float) -> bool:
         """Note a replacement; False if it is one too many."""

@@ -205,6 +205,8 @@ class Fleet:
             slot.pulse.beat(value.beats)
             if self.handout is not None:
                 finished = [entry for entry in value.finished if self.handout.finish(slot.number, entry[0])]
+            if finished:
+                slot.restarts.progress()
         elif isinstance(value, SyncReport):
             assert slot.holds is not None
             slot.report = value
@@ -239,7 +241,7 @@ class Fleet:
             return
         slot.state = State.gone
         self.counts["given_up"] += 1
-        crashes = f"died {self._max_restarts + 1} times within {self._restart_window:g} s"
+        crashes = f"died {self._max_restarts + 1} times within {self._restart_window:g} s and finished nothing in between"
         if all(other.state is State.gone for other in self.slots):
             held = ", ".join(sorted({job.request.problem_id for job in again})[:3]) or "nothing"
             raise RuntimeError(

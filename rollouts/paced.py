@@ -55,7 +55,7 @@ class PacedCollector:
             raise ConfigError("rollout.problems_per_step", f"is {batch}, but the training split has only {there} problems", "lower it")
         self._groups, self._source, self._progress = groups, source, progress
         self._ahead = batch * max_staleness
-        self._batch = batch
+        self._batch, self._max_staleness = batch, max_staleness
         self._begun = _InHand(position=source.position)
         self._num_taken = 0
         self._restored: list[GroupInMaking] = []  # of a checkpoint: they wait for the first ``take``, when the weights are there
@@ -206,17 +206,41 @@ class PacedCollector:
         """What a checkpoint holds: the place in the data, and every group begun and not yet trained on, with what there is of it."""
         with self._paused(), self._assembly.still():  # also when something has failed: what there is can be saved
             groups = [saved(group) for group in self._under_way]
-        return {"position": self._begun.position, "begun": self._begun.count, "groups": groups}
+        pace = {"batch": self._batch, "max_staleness": self._max_staleness}
+        return {"position": self._begun.position, "begun": self._begun.count, "groups": groups, "pace": pace}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; before the first ``take``."""
-        self._source.position = state["position"]
+        """Go on from a state; before the first ``take``.
+
+        Raises:
+            ConfigError: what was begun does not fit the settings of now.
+        """
         by_id = {problem.id: problem for problem in self._source.problems}
         groups = []
         for plain in state.get("groups", ()):
+            if plain["problem"] not in by_id:
+                what = f"no longer have problem {plain['problem']!r}, of which this run has begun a group"
+                raise ConfigError("data.problems", what, "leave the data as they were")
             group = self._groups.begin(by_id[plain["problem"]], plain["step"])
             put_back(group, plain)
             groups.append(group)
+        if groups:
+            self._check_pace(len(groups), state["pace"])
+        self._source.position = state["position"]
         # a run that has sampled on-policy until now has nothing under way
         self._begun = _InHand(groups=tuple(groups), count=state.get("begun", 0), position=state["position"])
         self._restored = groups
+
+    def _check_pace(self, groups: int, before: Mapping[str, int]) -> None:
+        """Groups that were begun under another pace wait no longer than this one allows, if it is not slower.
+
+        Raises:
+            ConfigError: it is.
+        """
+        for key, now, then in (
+            ("rollout.max_staleness", self._max_staleness, before["max_staleness"]),
+            ("rollout.problems_per_step", self._batch, before["batch"]),
+        ):
+            if now < then:
+                why = f"is {now} and was {then}: some of the {groups} groups that this run has begun ahead would be trained on too late"
+                raise ConfigError(key, why, f"leave it at {then}, or raise it")

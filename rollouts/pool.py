@@ -63,6 +63,8 @@ def stop_ray() -> None:
 
     ray.shutdown()
 
+_FREED = 15.0  # seconds to wait for cores and GPUs that others hold
+
 
 class EnginePool(Serving):
     """``Engine`` over several actors. Any thread may use it, one at a time.
@@ -78,7 +80,8 @@ class EnginePool(Serving):
         transfer: how weights travel; None: shared memory.
         hang_timeout: seconds without a step after which a working engine is killed and replaced.
         start_timeout: seconds after which a replacement that has not started counts as dead.
-        max_restarts: replacements of one engine within ``restart_window`` seconds before it is given up.
+        max_restarts: replacements of one engine within ``restart_window`` seconds, none of which finished a completion, before it is
+            given up.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class EnginePool(Serving):
         if places is not None and (len(places) != num_engines or gpus_per_engine):
             raise ValueError(f"{len(places)} places are not those of {num_engines} engines that claim {gpus_per_engine} GPUs each")
         _check_resources(ray.cluster_resources(), num_engines, cpus_per_engine, gpus_per_engine)
+        _wait_for_resources(ray.available_resources, num_engines, cpus_per_engine, gpus_per_engine)
         environment = engine_environment(cpus_per_engine)
         actor_class = ray.remote(
             num_cpus=cpus_per_engine,
@@ -308,12 +312,28 @@ class _OneAtATime:
             self._lock.release()
 
 
-def _check_resources(resources: Mapping[str, float], num_engines: int, cpus: int, gpus: int) -> None:
+def _check_resources(resources: Mapping[str, float], num_engines: int, cpus: int, gpus: int, what: str = "has") -> None:
     """Ray would wait for ever for what the cluster does not have."""
     for name, key, each in (("CPU", "cpus_per_engine", cpus), ("GPU", "gpus_per_engine", gpus)):
         there = resources.get(name, 0)
         if num_engines * each > there:
             raise ValueError(
-                f"{num_engines} engines with {each} {name}s each need {num_engines * each}, and the ray cluster has {there:g}\n"
+                f"{num_engines} engines with {each} {name}s each need {num_engines * each}, and the ray cluster {what} {there:g}\n"
                 f"  → lower rollout.num_engines or rollout.{key}"
             )
+
+
+def _wait_for_resources(available: Callable[[], Mapping[str, float]], num_engines: int, cpus: int, gpus: int) -> None:
+    """What a pool had that was closed just now comes back within moments; what others hold may not.
+
+    Raises:
+        ValueError: it did not.
+    """
+    patience = time.monotonic() + _FREED
+    while True:
+        try:
+            return _check_resources(available(), num_engines, cpus, gpus, "has free")
+        except ValueError as error:
+            if time.monotonic() > patience:
+                raise ValueError(f"{error}, or close what holds the others: another pool, another run on this cluster") from None
+        time.sleep(0.1)

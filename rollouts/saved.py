@@ -7,6 +7,7 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
+from grpo.config import ConfigError
 from grpo.rollouts.assembly import GroupInMaking
 from grpo.rollouts.base import Begun
 from grpo.rollouts.episode import FAILURE
@@ -43,7 +44,15 @@ def saved(group: GroupInMaking) -> dict[str, Any]:
 
 
 def put_back(group: GroupInMaking, plain: Mapping[str, Any]) -> None:
-    """The reverse, into a group of which nothing is there yet."""
+    """The reverse, into a group of which nothing is there yet. It may have more rollouts than it had, and not fewer.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    indices = {*plain["rollouts"], *plain["over"], *plain["begun"]}
+    if lost := indices - {episode.index for episode in group.episodes}:
+        now = f"is {len(group.episodes)}, and this run has begun a group of {max(lost) + 1} or more"
+        raise ConfigError("rollout.completions_per_problem", now, "leave it as it was, or raise it")
     for index, rollout in plain["rollouts"].items():
         completion, scores = _completion(rollout["completion"]), _scores(rollout["scores"])
         group.rollouts[index] = Rollout(problem=group.problem, completion=completion, scores=scores, reward=rollout["reward"])

@@ -123,7 +123,8 @@ class Slot:
             self.state = State.idle
 
     def hangs(self) -> bool:
-        return self.pulse is not None and self.ref is not None and self.pulse.hangs(time.monotonic())
+        owing = self.ref is not None or self.look is not None
+        return self.pulse is not None and owing and self.pulse.hangs(time.monotonic())
 
     def reset(self) -> None:
         """Its process is gone."""

@@ -385,6 +385,33 @@ def test_a_run_that_sampled_ahead_does_not_go_on_without() -> None:
         assert len(ahead.collect(ahead.take(4), 1)) == 4
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": SAMPLES - 1}, rf"rollout\.completions_per_problem: is {SAMPLES - 1}, and this run has begun a group of {SAMPLES}"),
+        ({"problems": 9}, r"data\.problems: no longer have problem 'p\d+', of which this run has begun a group"),
+        ({"k": 1}, r"rollout\.max_staleness: is 1 and was 2: some of the 8 groups"),
+        ({"batch": 2}, r"rollout\.problems_per_step: is 2 and was 4"),
+        ({"samples": SAMPLES + 1, "problems": 70, "k": 3, "batch": 5}, None),
+    ],
+    ids=["fewer completions", "other data", "less staleness", "a smaller batch", "more of all"],
+)
+def test_what_was_begun_goes_on_only_where_it_fits(change: dict[str, int], message: str | None) -> None:
+    engine = TokenEngine()
+    with closing(paced(engine, Lengths(), 2)) as collector:
+        train_on(collector, engine, [1])
+        state = collector.state()
+    given = {"samples": SAMPLES, "problems": 60, "k": 2, "batch": 4} | change
+    shape = {"batch": given["batch"], "count": given["problems"], "completions_per_problem": given["samples"]}
+    with closing(paced(TokenEngine(), Lengths(), given["k"], **shape)) as second:
+        if message:
+            with pytest.raises(ConfigError, match=message):
+                second.load_state(state)
+        else:
+            second.load_state(state)
+            assert len(second.collect(second.take(5), 2)) == 5
+
+
 def test_in_lockstep_turns_are_sampled_in_order_whoever_answers_first() -> None:
     class Slow:
         """Two turns; the later the problem, the quicker the answer. The last to answer ends its rollout."""

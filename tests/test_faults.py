@@ -222,6 +222,11 @@ def test_restarts_are_bounded_within_a_window() -> None:
     assert [restarts.allow(now) for now in (0.0, 1.0, 2.0)] == [True, True, False]
     later = Restarts(limit=2, window=10.0)
     assert all(later.allow(now) for now in (0.0, 6.0, 12.0, 18.0))
+    useful = Restarts(limit=1, window=10.0)
+    for now in (0.0, 1.0, 2.0):
+        assert useful.allow(now)
+        useful.progress()
+    assert useful.allow(3.0) and not useful.allow(4.0)
 
 
 # --- in processes ---
@@ -312,7 +317,7 @@ def test_an_engine_that_hangs_is_killed_and_replaced(make_pool: Callable[..., En
 @pytest.mark.slow
 def test_a_crash_loop_ends_with_a_message(make_pool: Callable[..., EnginePool]) -> None:
     pool = make_pool(max_restarts=1)
-    with pytest.raises(RuntimeError, match=r"no engine is left: engine \d of 2, the last one, died 2 times within 600 s") as error:
+    with pytest.raises(RuntimeError, match=r"no engine is left: engine \d of 2, the last one, died 2 times within 600 s and fin") as error:
         pool.generate(requests(SLOW, POISON), SAMPLING)
     assert "died unexpectedly" in str(error.value) and "→ often the system was out of memory" in str(error.value)
     assert "p1" in str(error.value).partition("it was sampling:")[2], "the problem that kills them is named"
@@ -540,14 +545,14 @@ def test_vllm_is_replaced_and_repeats_itself_to_the_bit_under_the_fixed_schedule
 @pytest.mark.slow
 def test_a_group_is_counted_once_though_engines_die_at_random_moments(make_pool: Callable[..., EnginePool]) -> None:
     """A run of several steps under fire: the same completions as in peace, each once, from the weights of its step."""
-    kills = random_kills(make_pool(num_engines=2, max_restarts=100), kills=5, seed=1)
+    kills = random_kills(make_pool(num_engines=2), kills=5, seed=1)
     assert kills == 5
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("schedule", Schedule)
 def test_twenty_kills(make_pool: Callable[..., EnginePool], schedule: Schedule) -> None:
-    assert random_kills(make_pool(num_engines=3, max_restarts=100, schedule=schedule), kills=20, seed=2) == 20
+    assert random_kills(make_pool(num_engines=3, schedule=schedule), kills=20, seed=2) == 20
 
 
 def random_kills(pool: EnginePool, kills: int, seed: int) -> int:

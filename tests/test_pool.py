@@ -235,6 +235,12 @@ def test_a_pool_that_can_not_start_says_why(ray_cluster: None, pool: EnginePool)
         make_pool(greeting="broken")
     with pytest.raises(ValueError, match=r"need 99, and the ray cluster has 2\n  → lower rollout.num_engines"):
         make_pool(num_engines=99)
+    with pytest.MonkeyPatch.context() as hurried:
+        hurried.setattr("grpo.rollouts.pool._FREED", 0.5)
+        first = make_pool()  # it has both cores
+        with pytest.raises(ValueError, match=r"need 1, and the ray cluster has free 0\n.*close what holds the others: another pool"):
+            make_pool(num_engines=1)
+        first.close()
     with pytest.raises(ValueError, match="GPUs each need 1, and the ray cluster has 0"):
         EnginePool(num_engines=1, cpus_per_engine=1, gpus_per_engine=1, factory=DrillEngine)
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,38 @@ def test_a_run_stops_in_the_step_in_which_an_engine_skips_a_tensor(recipe: str, 
     with pytest.raises(WeightProofError, match=rf"1 of 38 tensors arrived and are not what the engine computes with: {TENSOR}"):
         train(load_recipe(recipe, "run.name=one", "optim.lr=1e-6"))
     assert [row["step"] for row in run_of(recipe).read_metrics()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("forgets", "message"),
+    [
+        ("all", "the engine says it holds version 0 of the weights, and version 1 was sent"),
+        ("tensors", rf"the engine did not get the weights .* version 1 .*\n  1 did not arrive: {TENSOR}"),
+        ("values", r"\d+ arrived with other values"),
+    ],
+)
+def test_a_run_stops_in_the_step_in_which_its_engine_reports_what_was_not_sent(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, forgets: str, message: str
+) -> None:
+    """In the trainer's process too the report is held against what left the policy."""
+    load, last = HFEngine.load_weights, list[SyncReport]()
+
+    def load_weights(self: HFEngine, weights: Weights, version: int) -> SyncReport:
+        if version < 1:
+            last.append(load(self, weights, version))
+            return last[-1]
+        if forgets == "all":
+            return last[-1]
+        digests = dict(last[-1].digests)
+        if forgets == "tensors":
+            digests = dict(load(self, weights, version).digests)
+            del digests[TENSOR]
+        return replace(last[-1], version=version, digests=digests)
+
+    monkeypatch.setattr(HFEngine, "load_weights", load_weights)
+    with pytest.raises(WeightProofError, match=message):
+        train(load_recipe(recipe, "run.name=one", "optim.lr=1e-3"))
+    assert [row["step"] for row in run_of(recipe).read_metrics()] == [1]
 
 
 @pytest.mark.parametrize(
