@@ -98,6 +98,13 @@ class Batch:
             yield replace(batch, totals=Totals(tokens=batch.num_tokens, rollouts=len(batch.rollouts), groups=len(mine)))
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there. To a GPU it is copied from pinned memory: an ordinary copy would wait for all that the GPU has yet to compute."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def collate(groups: Sequence[Group], parts: Sequence[str] = ()) -> Batch:
     """Flatten groups. A completion without tokens of the policy, or one that could not be scored, is left out: of the loss, of its totals
     and of what its group is compared with.

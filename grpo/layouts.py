@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from grpo.batch import Batch
+from grpo.batch import Batch, on_device
 from grpo.tree_attention import Tree, build_tree
 from grpo.types import Completion, Rollout
 
@@ -45,7 +45,8 @@ class ModelInputs:
         return {"attention_mask": self.attention_mask} if self.tree is None else {"tree": self.tree}
 
     def to(self, device: torch.device) -> ModelInputs:
-        return replace(self, **{name: v.to(device) for name in self.__slots__ if hasattr(v := getattr(self, name), "to")})
+        tensors = {name: on_device(v, device) for name in self.__slots__ if isinstance(v := getattr(self, name), Tensor)}
+        return replace(self, **tensors, tree=self.tree and self.tree.to(device))  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)

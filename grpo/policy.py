@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo import fused, layouts, memory
-from grpo.batch import Batch
+from grpo.batch import Batch, on_device
 from grpo.layouts import LayoutName, ModelInputs
 from grpo.logprobs import head_logprobs
 from grpo.losses import Loss, Stat, TokenScores, merge
@@ -318,4 +318,5 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on the device; its rollouts stay as they are."""
     if device.type == "cpu":
         return batch
-    return replace(batch, **{f.name: v.to(device) for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)})  # type: ignore[arg-type]
+    tensors = {f.name: on_device(v, device) for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
+    return replace(batch, **tensors)  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
 """Weights read straight out of the trainer's GPU by engines on the same machine: CUDA's interprocess memory.
 
 A parcel is a copy of its tensors on the trainer's GPU, one buffer, and what travels is its handle. An engine maps the buffer into
-its own memory: on the same GPU it reads it in place, on another one over NVLink or PCIe (peer access), and nothing goes through the
-host. The trainer keeps the buffers of the last sync for engines that start later: once more the weights' size on its GPU, and twice
-while a sync is under way.
+its own memory: on the same GPU it reads it in place, on another one over NVLink or PCIe (peer access). No weights reach an engine
+through the host, where only the copies go that are hashed (``proof.digest``). The trainer keeps the buffers of the last sync for
+engines that start later: once more the weights' size on its GPU, and twice while a sync is under way.
 
 PyTorch counts who has a buffer mapped, and its count knows one reader that opens it once. Here any number of engines open it, again
 after a restart, or never. So readers are kept out of the count, and the trainer, who knows when nobody needs a buffer any more
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Places in the arguments of torch.multiprocessing.reductions.rebuild_cuda_tensor.
-_DEVICE, _COUNTER, _COUNTER_PLACE = 6, 11, 12
+_DEVICE, _COUNTER, _COUNTER_PLACE, _EVENT_NEEDED = 6, 11, 12, 14
 _NO_COUNTER = b"/grpo_nobody_counts"  # of this name there is no counter, and PyTorch goes on without
 _REMEDY = "set rollout.transfer=nccl, which asks for no more than a network, or shared_memory"
 
@@ -48,6 +48,7 @@ class CudaIPC:
         first = next(iter(tensors.values())).device
         buffer = flat.joined(tensors, specs, first if first.type == "cuda" else torch.device("cuda"))
         _, handle = reduce_tensor(buffer)
+        torch.cuda.current_stream(buffer.device).synchronize()  # readers do not wait for an event: see for_reader
         number = next(self._numbers)
         self._kept[number] = buffer, handle
         return _Mapped(PhysicalGPU.of(buffer.get_device()), number, handle, specs)
@@ -116,9 +117,13 @@ class _Mapped:
 
 
 def for_reader(handle: Sequence[Any], device: int) -> list[Any]:
-    """The arguments of ``rebuild_cuda_tensor`` for a reader whose GPU has this number in its own process, and who does not count."""
+    """The arguments of ``rebuild_cuda_tensor`` for a reader whose GPU has this number in its own process, and who does not count.
+
+    Nor does it wait for the event with which the sender marks the end of its copy: that belongs to the sender's GPU, and PyTorch would
+    open it on the reader's. ``send`` returns when the copy is there.
+    """
     arguments = list(handle)
-    arguments[_DEVICE], arguments[_COUNTER] = device, _NO_COUNTER
+    arguments[_DEVICE], arguments[_COUNTER], arguments[_EVENT_NEEDED] = device, _NO_COUNTER, False
     return arguments
 
 

@@ -13,7 +13,7 @@ Experts and derived matrices (MLA's absorbed ones) are not: ``proof.self_test`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,10 +64,16 @@ def readable(model: torch.nn.Module, turn: int) -> list[Readable]:
     return list(_readable(model, _Bench.of(model, turn)))
 
 
-def read_back(model: torch.nn.Module, turn: int) -> dict[str, list[str]]:
-    """Hash of every tensor that can be read, of every copy."""
+def read_back(model: torch.nn.Module, turn: int, wanted: Container[str]) -> dict[str, list[str]]:
+    """Hash of every wanted tensor that can be read, of every copy.
+
+    Args:
+        wanted: names; what a model holds under others (merged experts, say) is not read, which on a GPU would be a copy to the host.
+    """
     digests: dict[str, list[str]] = {}
     for tensor in _readable(model, _Bench.of(model, turn)):
+        if tensor.name not in wanted:
+            continue
         digests.setdefault(tensor.name, []).append(digest_of_values(tensor.read()))
     return digests
 

@@ -113,7 +113,7 @@ class ParcelEngine(WeightTransferEngine):
             return
         try:
             update.announced.check_all_came()
-            update.read_back = update.arrivals.check_held(read_back(self.model, self._turn))
+            update.read_back = update.arrivals.check_held(read_back(self.model, self._turn, update.arrivals.to_hold))
         except Exception as error:
             update.error = _to_send(error)
 

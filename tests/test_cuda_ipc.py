@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from grpo.rollouts import flat
-from grpo.rollouts.cuda_ipc import _COUNTER, _COUNTER_PLACE, _DEVICE, CudaIPC, PhysicalGPU, check_reachable, for_reader
+from grpo.rollouts.cuda_ipc import _COUNTER, _COUNTER_PLACE, _DEVICE, _EVENT_NEEDED, CudaIPC, PhysicalGPU, check_reachable, for_reader
 from grpo.rollouts.proof import digest
 from grpo.rollouts.weights import Spec
 
@@ -73,12 +73,14 @@ def test_a_gpu_out_of_reach_is_named_with_the_remedy() -> None:
         check_reachable(replace(OWN, boot="boot-2", host="node2"), OWN, {"GPU-a": 0}, lambda index: True)
 
 
-def test_a_reader_maps_the_buffer_on_its_own_gpu_and_takes_no_part_in_the_count() -> None:
+def test_a_reader_maps_the_buffer_on_its_own_gpu_takes_no_part_in_the_count_and_opens_no_event_of_another_gpu() -> None:
     names = list(inspect.signature(rebuild_cuda_tensor).parameters)
     assert [names[i] for i in (_DEVICE, _COUNTER, _COUNTER_PLACE)] == ["storage_device", "ref_counter_handle", "ref_counter_offset"]
+    assert names[_EVENT_NEEDED] == "event_sync_required"
     handle = tuple(names)
-    changed = {i for i, (old, new) in enumerate(zip(handle, for_reader(handle, 3), strict=True)) if old != new}
-    assert changed == {_DEVICE, _COUNTER} and for_reader(handle, 3)[_DEVICE] == 3
+    arguments = for_reader(handle, 3)
+    changed = {i for i, (old, new) in enumerate(zip(handle, arguments, strict=True)) if old != new}
+    assert changed == {_DEVICE, _COUNTER, _EVENT_NEEDED} and arguments[_DEVICE] == 3 and arguments[_EVENT_NEEDED] is False
 
 
 # --- with a GPU ---

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from grpo import aggregation, kl, objectives, tree_attention
+from grpo import aggregation, kl, layouts, objectives, tree_attention
 from grpo.batch import Batch, collate
 from grpo.layouts import LayoutName
 from grpo.losses import Loss
-from grpo.policy import HFPolicy, OptimSettings, learning_rate
+from grpo.policy import HFPolicy, OptimSettings, learning_rate, to_device
 from grpo.toy import toy_llama, toy_rollout
 from grpo.types import Group, Problem
 
@@ -362,3 +362,28 @@ def test_a_model_that_scales_its_logits_is_refused() -> None:
     settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
     with pytest.raises(ValueError, match="changes its logits after its output head"):
         HFPolicy(GraniteForCausalLM(GraniteConfig(**settings, vocab_size=40, logits_scaling=8.0)), OptimSettings())
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_nothing_waits_for_the_gpu_in_a_micro_batch() -> None:
+    model = toy_llama(0, hidden_size=64, num_attention_heads=2, num_key_value_heads=1)  # FlexAttention wants heads of 16 numbers or more
+    policy, batch = make_policy(model, device="cuda"), make_batch()
+    policy.update(batch, PLAIN)  # the layout is checked, and kernels are compiled
+    layout = policy._layout(batch.rollouts)
+    assert layout == "shared_prompt"
+    (rows,) = layouts.microbatches(batch, layout, 1000)
+    part = batch.select([i for row in rows for i in row])
+    moved = to_device(part, policy.device)
+    assert moved.rewards.is_cuda and moved.rewards.tolist() == part.rewards.tolist()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scores = policy._scores(layouts.lay_out([[batch.rollouts[i] for i in row] for row in rows], layout))
+        output = PLAIN(scores, to_device(part, policy.device))
+        output.loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(float(output.loss))

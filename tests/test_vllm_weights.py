@@ -266,6 +266,23 @@ def test_experts_compute_with_new_weights_as_with_the_first(tiny_model: str, tmp
         assert before.logprobs == pytest.approx(expected, abs=CLOSE) and after.logprobs == pytest.approx(expected, abs=CLOSE)
 
 
+def test_only_what_was_sent_is_read_back_and_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM holds experts merged, under names that nobody sends: half of a model and more."""
+    from grpo.rollouts import readback
+
+    hashed: list[torch.Tensor] = []
+
+    def hashing(tensor: torch.Tensor) -> str:
+        hashed.append(tensor)
+        return digest(tensor)
+
+    monkeypatch.setattr(readback, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(readback, "digest_of_values", hashing)
+    model = torch.nn.ModuleDict({"norm": torch.nn.RMSNorm(4), "experts": torch.nn.ParameterDict({"w13_weight": torch.zeros(2, 3)})})
+    assert readback.read_back(model, 1, wanted={"norm.weight", "experts.0.gate_proj.weight"}) == {"norm.weight": [digest(torch.ones(4))]}
+    assert len(hashed) == 1
+
+
 def test_what_the_engine_sets_itself_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.engine_args\.worker_extension_cls: is how new weights get into vLLM"):
         plan(load_recipe("r1_zero_arithmetic", "+rollout.engine_args.worker_extension_cls=my.Extension"))
