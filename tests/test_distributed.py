@@ -17,13 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from ray import cloudpickle
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from grpo import aggregation, corrections, kl, objectives
+from grpo import aggregation, corrections, kl, objectives, tree_attention
 from grpo.batch import Batch, collate
 from grpo.distributed import DistributedPolicy, shares
 from grpo.imports import resolve
@@ -35,7 +37,7 @@ from grpo.rollouts.base import Weights
 from grpo.rollouts.pool import start_ray, stop_ray
 from grpo.rollouts.transfer import handfuls
 from grpo.rollouts.weights import WeightStream
-from grpo.sharded import RankSettings
+from grpo.sharded import RankSettings, ShardedPolicy
 from grpo.toy import toy_llama, toy_rollout
 from grpo.types import Group, Problem
 
@@ -266,6 +268,28 @@ def test_bf16_learns_in_fp32_masters(ranks_of: Callable[[int], Ranks]) -> None:
     norm = "model.norm.weight"
     assert float((masters[norm] - start[norm]).abs().median()) == pytest.approx(40 * 1e-4, rel=0.25)
     assert float((masters[norm] - one.state()["masters"][norm]).abs().median()) < 0.1 * 40 * 1e-4
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """This process alone is the group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_a_tree_needs_is_made_once_for_all_layers(one_rank: None, checkpointing: bool) -> None:
+    """It is found by the tree itself, and FSDP copies what a layer is given if it is to cast it to bf16."""
+    settings = RankSettings(optim=ADAM, dtype_name="bfloat16", tokens_per_microbatch=1000)
+    policy = ShardedPolicy(partial(toy, exact=False, checkpointing=checkpointing), settings)
+    policy.learn_from(cloudpickle.dumps(PLAIN))
+    policy.score(make_batch())  # checks no layout: that is the driver's call
+    tree_attention._rows.cache_clear()
+    policy.update(make_batch())
+    found = tree_attention._rows.cache_info()
+    layers = policy.model.config.num_hidden_layers
+    assert found.misses == 1 and found.hits == (1 + checkpointing) * layers - 1  # one micro-batch; with checkpointing each layer twice
 
 
 # ---------------------------------------------------------------- going on with another number of ranks

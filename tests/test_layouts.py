@@ -314,6 +314,61 @@ def test_flex_attention_means_the_same(shape: tuple[int, list[tuple[int, list[in
         torch.testing.assert_close(out, textbook(*lines, tree, 0.3), rtol=1e-4, atol=1e-5)
 
 
+def test_the_block_mask_is_made_on_the_gpu_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the process's current one, which may be another."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    made: list[torch.device] = []
+    monkeypatch.setattr(tree_attention, "_make_block_mask", lambda kind: lambda *args, device: made.append(device))
+    with FakeTensorMode():  # a GPU that need not be there
+        tree_attention.flex_mask(torch.zeros(300, dtype=torch.long, device="cuda:1"))
+    assert made == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(12, 2), (4, 2), (4, 4)])
+def test_flex_attention_is_given_each_key_once(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int) -> None:
+    """Repeated for each query head, the keys and values of Qwen2.5-1.5B (12 heads on 2) would take six times the memory."""
+    given: list[Any] = []
+    monkeypatch.setattr(tree_attention, "_flex", lambda kind: lambda *lines, **options: given.append((lines, options["enable_gqa"])))
+    lines = line(tree_attention.build_tree(3, [2], [[4]]), (heads, kv_heads, 16, 16), torch.float32)
+    tree_attention.flex_tree_attention(*lines, None, 0.3)
+    (((query, key, value), shared),) = given
+    assert query is lines[0] and key is lines[1] and value is lines[2] and shared == (heads != kv_heads)
+
+
+@pytest.mark.full
+def test_the_compiled_block_mask_is_the_same_at_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is made on a GPU. Nothing of an earlier line may be compiled in, neither its length nor who sees whom."""
+    plain, compiled = tree_attention._make_block_mask("cpu"), tree_attention._make_block_mask("cuda")
+    for seed, lengths in enumerate([(300, 40), (500, 200), (60, 30), (500, 200), (90, 1)]):
+        rng = random.Random(seed)
+        tree = tree_attention.build_tree(lengths[0], [lengths[1]], [[rng.randint(1, 90) for _ in range(5)]])
+        masks = []
+        for make in (plain, compiled):
+            monkeypatch.setattr(tree_attention, "_make_block_mask", lambda kind, make=make: make)
+            masks.append(tree_attention.flex_mask(tree.seen_until))
+        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(*(getattr(mask, name) for mask in masks)), (lengths, name)
+        at, none = torch.arange(len(tree.seen_until)), torch.tensor(0)
+        assert torch.equal(masks[1].mask_mod(none, none, at[:, None], at[None]), tree_attention.dense_mask(tree.seen_until))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(12, 2, 64, 64), (8, 2, 64, 64), (4, 4, 64, 64)])
+def test_flex_attention_on_the_last_gpu(heads: tuple[int, int, int, int]) -> None:
+    """Lines shorter than 128 tokens go through another of its kernels, where it knows the number of heads."""
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    for shape in ((3, [2], [[4, 1]]), (200, [20, 90], [[140, 30, 7], [60, 50]])):
+        torch.manual_seed(0)
+        tree = tree_attention.build_tree(*shape)
+        lines = line(tree, heads, torch.float32)
+        true = with_gradients(textbook, lines, tree, 0.125)
+        there = [x.detach().to(device).requires_grad_() for x in lines]
+        mine = with_gradients(tree_attention.flex_tree_attention, there, tree.to(device).block_mask, 0.125)
+        for a, b in zip(mine, true, strict=True):
+            assert float((a.cpu() - b).norm() / b.norm()) < 1e-2  # a wrong or missing token makes it about 1
+
+
 def test_the_dense_mask_golden() -> None:
     """[p | q | a b | c]: p, q seen by all behind them; a by b; c by none of them."""
     tree = tree_attention.build_tree(1, [1], [[2, 1]])
