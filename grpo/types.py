@@ -64,7 +64,7 @@ class Completion:
     policy_versions: tuple[int, ...]  # the weights that sampled each token
     finish_reason: FinishReason
     sampled: tuple[bool, ...] = ()  # whether the policy sampled each token; empty: all of them
-    kept: tuple[bytes, ...] = ()  # of each sampled token, what truncation left to choose from (``grpo.kept``); empty: nothing was cut
+    kept: tuple[bytes, ...] = ()  # of each sampled token, what truncation left to choose from (``grpo.kept``); empty: all
     transcript: tuple[tuple[str, bool], ...] = ()  # (text, whether it is the policy's) turn by turn; empty: ``text`` is all there is
 
     def __post_init__(self) -> None:
