@@ -9,11 +9,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.config import Config, ConfigError, keys
 from grpo.environment import prepare_process
 from grpo.interrupt import Interrupted
+
+if TYPE_CHECKING:
+    from grpo.run import RunFolder
 
 EPILOG = """\
 examples:
@@ -111,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     replay = commands.add_parser("replay", help="score a run's stored rollouts again with a changed reward, or make an update again")
     replay.add_argument("run", help="a run folder")
     replay.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. reward.format.weight=0.5; nothing is written to the run")
-    replay.add_argument("--reward", help="a preset of recipes/reward, an import path or file.py:function; default: the run's own")
+    replay.add_argument("--reward", help="a name: r1_rules, math, format, …; an import path or file.py:function; default: the run's own")
     replay.add_argument("--step", type=int, help="one step; default: all (with --train: 1)")
     replay.add_argument("--train", action="store_true", help="make the update of the step again and compare its metrics")
     replay.add_argument("--limit", type=int, default=5, help="changed judgements to print (default 5)")
@@ -127,10 +130,13 @@ def parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> int:
     from grpo.recipe import compose_recipe, load_recipe, load_run, to_yaml
 
-    if options.multirun and (options.cfg or options.dry_run or Path(options.recipe, "config.yaml").is_file()):
+    is_run = _names_a_run(options.recipe)
+    if options.multirun and (options.cfg or options.dry_run or is_run):
         raise ConfigError("--multirun", "goes with a recipe alone", "leave out --cfg and --dry-run; a run folder is one run")
-    if Path(options.recipe, "config.yaml").is_file():
-        config = load_run(Path(options.recipe), options.overrides)
+    if is_run:
+        config = load_run(_open(options.recipe).path, options.overrides)
+        if not config.run.recipe:
+            raise ConfigError("run", f"{options.recipe!r} stands in no folder of a recipe", "move it to <dir>/<recipe>/<name>")
         config.run.resume = True
     elif options.cfg:
         print(to_yaml(compose_recipe(options.recipe, options.overrides)), end="")
@@ -158,6 +164,38 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _names_a_run(target: str) -> bool:
+    """Whether ``grpo train`` is given a run folder, or what can only be meant for one."""
+    from grpo.recipe import built_in
+
+    folder = Path(target).expanduser()
+    if (folder / "config.yaml").is_file():
+        return True
+    if target in built_in() or target.endswith((".yaml", ".yml")) or Path(f"{folder}.yaml").is_file():
+        return False
+    return "/" in target or (bool(target) and folder.is_dir())
+
+
+def _open(target: str) -> RunFolder:
+    """The run folder that is named on the command line.
+
+    Raises:
+        ConfigError: there is none. For a folder inside of one, a checkpoint for instance, it names that.
+    """
+    from grpo.run import RunFolder
+
+    folder = Path(target).expanduser()
+    if folder.is_dir() and not (folder / "config.yaml").is_file() and (run := _run_around(folder)):
+        raise ConfigError("run", f"{target!r} is a part of a run, not the run folder", f"give {str(run)!r}")
+    return RunFolder.open(folder)
+
+
+def _run_around(folder: Path) -> Path | None:
+    """``folder`` as it was written if it is a run folder; else the nearest one it stands in."""
+    places = (folder, *folder.resolve().parents)
+    return next((place for place in places if (place / "config.yaml").is_file() and (place / "metrics.jsonl").is_file()), None)
+
+
 def _run(config: Config) -> None:
     _check_machine(config)
     from grpo.build import train
@@ -171,11 +209,8 @@ def _eval(options: argparse.Namespace) -> int:
     from grpo.recipe import load_recipe, load_run
     from grpo.run import RunFolder
 
-    target = Path(options.target)
-    run_folder = next(
-        (f for f in (target, *target.resolve().parents) if (f / "config.yaml").is_file() and (f / "metrics.jsonl").is_file()), None
-    )
-    folder = target
+    folder = target = Path(options.target).expanduser()
+    run_folder = _run_around(target)
     if run_folder is not None and run_folder == target:
         from grpo import checkpoint
 
@@ -239,7 +274,6 @@ def _score(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from grpo.run import RunFolder
     from grpo.show import Choice, show
 
     choice = Choice(
@@ -252,15 +286,18 @@ def _show(options: argparse.Namespace) -> int:
         limit=options.limit,
         whole=options.whole,
     )
-    show(RunFolder.open(Path(options.run)), choice, Console())
+    show(_open(options.run), choice, Console())
     return 0
 
 
 def _replay(options: argparse.Namespace) -> int:
     from grpo.recipe import load_run
-    from grpo.run import RunFolder
+    from grpo.show import steps_of
 
-    run = RunFolder.open(Path(options.run))
+    if options.limit < 0:
+        raise ConfigError("--limit", f"is {options.limit}", "give how many changed judgements to print; 0: none")
+    run = _open(options.run)
+    steps = steps_of(run, options.step)
     config = load_run(run.path, options.overrides, options.reward)
     from grpo import build, replay
 
@@ -268,7 +305,6 @@ def _replay(options: argparse.Namespace) -> int:
         stored, fresh = build.retrain(config, run, 1 if options.step is None else options.step)
         print(replay.compare_updates(stored, fresh))
         return 0
-    steps = run.rollout_steps() if options.step is None else [options.step]
     print(replay.report(build.rescore(config, run, steps), options.limit))
     return 0
 

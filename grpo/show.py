@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from grpo.config import ConfigError
 from grpo.console import printable, prompt_tail, set_off
 from grpo.rollout_table import parts_of
 from grpo.run import RolloutFolder, RunFolder
-from grpo.types import Outcome
+from grpo.types import FinishReason, Outcome
 
 Row = Mapping[str, Any]  # of a parquet file: see grpo.rollout_table
 
@@ -38,21 +38,35 @@ def show(run: RunFolder, choice: Choice, console: Console) -> None:
     """Print the chosen rollouts of one step, after a summary of all of them.
 
     Raises:
-        ConfigError: no such step, problem or outcome; the message names those there are.
+        ConfigError: no such step, problem or outcome; the message names those there are. Or there is nothing to print.
     """
-    steps = run.rollout_steps(choice.folder)
-    if not steps:
-        raise ConfigError("show", f"{str(run.path)!r} has no {choice.folder} yet", "let it finish a step")
-    step = steps[-1] if choice.step is None else choice.step
-    if step not in steps:
-        raise ConfigError("--step", f"there is no step {step} in {choice.folder}", f"there are {_ranges(steps)}")
+    if choice.limit < 1:
+        raise ConfigError("--limit", f"is {choice.limit}", "give 1 or more: how many rollouts to print")
+    steps = steps_of(run, choice.step, choice.folder)
+    step = steps[-1]
     rows = run.read_rollouts(step, choice.folder).to_pylist()
     chosen = choose(rows, choice)
-    console.print(summary(step, rows), highlight=False)
+    console.print(summary(step, rows), markup=False, highlight=False)
+    if not chosen:
+        console.print(f"\n{nothing_found(rows, choice)}", markup=False, highlight=False)
     for row in chosen[: choice.limit]:
         _print_rollout(row, choice, console)
     if len(chosen) > choice.limit:
         console.print(f"\n… and {len(chosen) - choice.limit} more (--limit)", style="dim")
+
+
+def steps_of(run: RunFolder, wanted: int | None, folder: RolloutFolder = "rollouts") -> list[int]:
+    """The steps whose rollouts are stored: all, or the one wanted.
+
+    Raises:
+        ConfigError: there is none, or not this one.
+    """
+    steps = run.rollout_steps(folder)
+    if not steps:
+        raise ConfigError("run", f"{str(run.path)!r} has no {folder} yet", "let it finish a step")
+    if wanted is not None and wanted not in steps:
+        raise ConfigError("--step", f"there is no step {wanted} in {folder}", f"there are {_ranges(steps)}")
+    return steps if wanted is None else [wanted]
 
 
 def choose(rows: Sequence[Row], choice: Choice) -> list[Row]:
@@ -72,6 +86,15 @@ def choose(rows: Sequence[Row], choice: Choice) -> list[Row]:
     return chosen
 
 
+def nothing_found(rows: Sequence[Row], choice: Choice) -> str:
+    """What to say where ``choose`` finds no row: the outcomes that there are."""
+    where = "of this problem" if choice.problem else "in this step"
+    own = choose(rows, replace(choice, outcome=""))
+    found = Counter(str(score.outcome) for row in own for score in parts_of(row).values())
+    there = "there are: " + ", ".join(f"{outcome} {n}" for outcome, n in found.most_common()) if found else "nothing was scored"
+    return f"no completion {where} has the outcome {choice.outcome}; {there}"
+
+
 def summary(step: int, rows: Sequence[Row]) -> str:
     rewards = [row["reward"] for row in rows if row["reward"] is not None and not math.isnan(row["reward"])]
     problems = len({row["problem_id"] for row in rows})
@@ -82,18 +105,22 @@ def summary(step: int, rows: Sequence[Row]) -> str:
         for part, score in parts_of(row).items():
             counts.setdefault(part, Counter())[str(score.outcome)] += 1
     lines += [f"  {part}: " + ", ".join(f"{outcome} {n}" for outcome, n in found.most_common()) for part, found in counts.items()]
-    cut = sum(row["finish_reason"] == "length" for row in rows)
-    return "\n".join([*lines, f"  cut off by the token limit: {cut}"])
+    lines.append(f"  cut off by the token limit: {sum(row['finish_reason'] == FinishReason.length for row in rows)}")
+    if dropped := {row["problem_id"] for row in rows if row.get("dropped")}:
+        lines.append(f"  dropped by dynamic sampling, their rewards being equal: {len(dropped)} of the problems")
+    return "\n".join(lines)
 
 
 def _print_rollout(row: Row, choice: Choice, console: Console) -> None:
     console.rule(f"[bold]{escape(row['problem_id'])}[/bold] · completion {row['index']}", align="left")
     facts = [f"reward {_number(row['reward'])}"]
     facts += [f"{part} {_number(score.value)}" + _odd(str(score.outcome)) for part, score in parts_of(row).items()]
+    if row.get("dropped"):
+        facts.append("not trained on: group dropped, without signal")
     if row["advantage"] is not None:
         facts.append(f"advantage {row['advantage']:+.3g}")
     versions = sorted(set(row["policy_versions"]))
-    facts += [f"{_tokens(row)}, {'cut off' if row['finish_reason'] == 'length' else 'finished'}"]
+    facts.append(f"{_tokens(row)}, finish reason {row['finish_reason']}")
     facts += [f"weights of step {_ranges(versions)}" if versions else "no tokens", f"answer {printable(row['answer'])[:80]}"]
     console.print(" · ".join(facts), style="cyan", markup=False, highlight=False)
     prompt = printable(row["prompt"]) if choice.whole else prompt_tail(row["prompt"])

@@ -254,13 +254,19 @@ def in_order(requests: Sequence[Request], completions: Iterable[Completion]) -> 
 
 
 def check_lengths(jobs: Sequence[Job], sampling: Sampling, limit: int) -> None:
-    """Refuse a job that cannot have all its tokens, for engines would cut its completion short without a word, or that has them already.
+    """Refuse a job without a prompt, for there is nothing to predict a first token from; one that cannot have all its tokens, for
+    engines would cut its completion short without a word; and one that has them already.
 
     Raises:
         ValueError: naming the problem.
     """
     for job in jobs:
         prompt, tokens = len(job.request.prompt_ids), job.limit(sampling)
+        if not prompt:
+            raise ValueError(
+                f"problem {job.request.problem_id!r}: its prompt is empty\n"
+                "  → see data.template and data.prompt_key, or take the row out of the data"
+            )
         if len(job.begun.token_ids) >= tokens:
             raise _complete(job, f"it has {len(job.begun.token_ids)} tokens, and max_new_tokens={tokens}")
         if prompt + tokens > limit:

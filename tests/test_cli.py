@@ -13,8 +13,8 @@ import yaml
 
 from grpo.cli import main
 from grpo.config import Config, keys
-from grpo.plan import plan
-from grpo.recipe import built_in, compose_recipe, groups, load_recipe, locate
+from grpo.plan import anchor_paths, plan
+from grpo.recipe import built_in, compose_recipe, groups, load_recipe, locate, sweep
 
 # The real command, but its last line of output says whether torch was loaded on the way.
 PROGRAM = "import sys; from grpo.cli import main; code = main(); print(f'torch={\"torch\" in sys.modules}'); sys.exit(code)"
@@ -76,6 +76,7 @@ BUILT_IN = "r1_zero_arithmetic"
         pytest.param([BUILT_IN, "eval.metric=nothing"], "eval.metric", "accuracy, format", id="metric that is no reward"),
         pytest.param(["r1_zero_aritmetic"], "recipe", "did you mean 'r1_zero_arithmetic'?", id="typo in the recipe"),
         pytest.param(["nowhere.yaml"], "recipe", "does not exist", id="missing YAML"),
+        pytest.param(["./no_schema"], "recipe", "did you mean './no_schema.yaml'?", id="YAML without its ending"),
         pytest.param(["r1_zero_arithmetic.yaml"], "recipe", "rename your file", id="name of a built-in"),
         pytest.param(["no_schema.yaml"], "defaults", "put `- schema` first", id="no schema"),
         pytest.param(["no_reward_group.yaml", "reward=r1_rules"], "reward", "add `- reward: CHOICE`", id="group the recipe lacks"),
@@ -195,6 +196,142 @@ def test_multirun_checks_every_value_before_the_first_job(folder: Path) -> None:
     result = grpo("train", BUILT_IN, *HARMLESS, "--multirun", "optim.lr=1e-5,-1", cwd=folder)
     check(result.returncode, result.stderr, "optim.lr", "is -1.0")
     assert not (folder / "runs").exists()
+
+
+CLIPPED = ["algo=grpo", "algo.objective.fn=grpo.objectives.sapo"]  # the preset's clip bounds are no arguments of SAPO
+
+
+TIS = "{tis: {fn: grpo.corrections.truncated_importance}}"
+SAPO, PLAIN = "grpo.objectives.sapo", "grpo.objectives.policy_gradient"
+ONE_PART = "reward={a: {fn: ./my_rewards.py:scaled}}"
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "swept", "alone"),
+    [
+        pytest.param(CLIPPED, "run.seed", "0,1", ["0", "1"], id="a new fn"),
+        pytest.param(["algo.correction={}", ONE_PART, "eval.metric=a"], "run.seed", "0,1", ["0", "1"], id="{…}"),
+        pytest.param(["~algo.correction.tis"], "optim.lr", "1e-5,1e-6", ["1e-5", "1e-6"], id="left out"),
+        pytest.param([], "algo.objective.fn", f"{SAPO},{PLAIN}", [SAPO, PLAIN], id="a sweep of fn"),
+        pytest.param([], "algo.correction", "{}," + TIS, ["{}", TIS], id="a sweep of {…}"),
+        pytest.param([], "algo", "glob(r*)", ["reinforce_pp", "rloo"], id="glob"),
+    ],
+)
+def test_a_job_of_multirun_is_what_it_would_be_alone(
+    folder: Path, words: list[str], name: str, swept: str, alone: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    jobs: list[Config] = []
+    sweep(BUILT_IN, [*words, f"{name}={swept}"], jobs.append)
+    assert len(jobs) == len(alone) == 2
+    assert len({job.run.name for job in jobs}) == 2
+    for job, value in zip(jobs, alone, strict=True):
+        job.run.name = ""
+        assert job == load_recipe(BUILT_IN, *words, f"{name}={value}")
+        plan(job)
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "says"),
+    [
+        pytest.param(["run.seed=0,1", "run.name=x"], "run.name", "would be 'x' for several jobs", id="one name for two jobs"),
+        pytest.param(["run.seed=0,1", "optim.lr=1,2", "run.name='s${run.seed}'"], "run.name", "for several jobs", id="a name too vague"),
+        pytest.param(["optim.lr=interval(1e-6,1e-4)"], "--multirun", "BasicSweeper does not support", id="not of this sweeper"),
+        pytest.param(["algo=glob(x*)"], "algo", "matches nothing", id="glob of nothing"),
+        pytest.param(["reward=match,{a: {fn: ./my_rewards.py:scaled}}", "eval.problems=0"], "reward", "choices of the group", id="mixed"),
+        pytest.param(["run.seed=0,1", "reward.x.fn=./nowhere.py:f"], "reward.x.fn", "does not exist", id="found by a job"),
+    ],
+)
+def test_a_mistake_in_a_sweep(
+    tmp_path: Path, words: list[str], key: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check(main(["train", BUILT_IN, *HARMLESS, "--multirun", *words]), capsys.readouterr().err, key, says)
+
+
+def test_jobs_may_have_names_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    jobs: list[Config] = []
+    sweep(BUILT_IN, ["run.seed=0,1", "run.name='s${run.seed}'"], jobs.append)
+    assert [job.run.name for job in jobs] == ["s0", "s1"]
+
+
+# ---------------------------------------------------------------- paths
+
+
+def test_a_run_can_be_gone_on_with_from_anywhere(tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every relative path of a user's file is absolute in the configuration that the run keeps; what only looks like one is not touched."""
+    here = tmp_path / "a folder"
+    (here / "org" / "name").mkdir(parents=True)  # of the name of a model of the hub
+    (here / "train").mkdir()  # of the name of a split
+    (here / "m").symlink_to(tiny_model)
+    for name in ("my_rewards.py", "train.jsonl", "test.jsonl"):
+        (here / name).write_text(FILES[name])
+    (here / "my_data.py").write_text(
+        "def nothing(row):\n    return None\n\n"
+        "def rows(split, *, seed, files, adapter, source, name, note):\n    return [{'question': split, 'answer': '1'}]\n"
+    )
+    (here / "answers.py").write_text("def answer(prompt, index, seed):\n    return '2'\n")
+    monkeypatch.chdir(here)
+    words = ["model.path=./m", "reward={x: {fn: ./my_rewards.py:scaled}}", "eval.metric=x"]
+    words.append("rollout.engine_args.answer=./answers.py:answer")
+    rows = "data.problems={fn: ./my_data.py:rows, files: [train.jsonl, ./test.jsonl], adapter: {fn: my_data.py:nothing}, "
+    rows += "source: train, name: org/name, note: a.b}"
+    config = load_recipe(BUILT_IN, *HARMLESS, *words, rows)
+    anchor_paths(plan(config))
+    assert config.model.path == str(Path(tiny_model).resolve())
+    assert config.rollout.engine_args == {"answer": f"{here}/answers.py:answer"}
+    assert config.reward == {"x": {"fn": f"{here}/my_rewards.py:scaled"}}
+    assert config.data.problems == {
+        "fn": f"{here}/my_data.py:rows",
+        "files": [f"{here}/train.jsonl", f"{here}/test.jsonl"],
+        "adapter": {"fn": f"{here}/my_data.py:nothing"},
+        "source": "train",
+        "name": "org/name",
+        "note": "a.b",
+    }
+    assert config.algo == load_recipe(BUILT_IN, *HARMLESS, *words, rows).algo, "import paths stay"
+    monkeypatch.chdir(tmp_path)
+    plan(config)
+
+
+@pytest.mark.parametrize("path", ["org/name", "name", "make:grpo.tiny.digits_model"])
+def test_a_model_that_is_no_folder_keeps_its_name(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "name").write_text("a file of the user's")
+    config = load_recipe(BUILT_IN, *HARMLESS, f"model.path={path}")
+    anchor_paths(plan(config))
+    assert config.model.path == path
+
+
+@pytest.mark.slow
+def test_the_commands_on_a_run_from_another_folder(tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    (tmp_path / "there").mkdir()
+    here.mkdir()
+    (here / "m").symlink_to(tiny_model)
+    (here / "train.jsonl").write_text(FILES["train.jsonl"])
+    (here / "held.jsonl").write_text('{"question": "3 + 3", "answer": "6"}\n')
+    (here / "answers.py").write_text("def answer(prompt, index, seed):\n    return '2'\n")
+    (here / "my_rewards.py").write_text(FILES["my_rewards.py"])
+    (here / "mine.yaml").write_text(
+        "defaults: [schema, {algo: grpo}, {model: hub}, {data: jsonl}, {rollout: scripted}, {logger: quiet}, _self_]\n"
+        "run: {steps: 1, name: first}\nmodel: {path: ./m, precision: fp32}\n"
+        "data: {problems: {train: train.jsonl, heldout: ./held.jsonl}, template: '{question} ='}\n"
+        "reward: {x: {fn: './my_rewards.py:scaled'}}\neval: {problems: 1, metric: x}\n"
+        "rollout: {problems_per_step: 2, completions_per_problem: 2, max_new_tokens: 4, engine_args: {answer: './answers.py:answer'}}\n"
+    )
+    monkeypatch.chdir(here)
+    assert main(["train", "mine.yaml"]) == 0
+    monkeypatch.chdir(tmp_path / "there")
+    run = "../here/runs/mine/first"
+    assert main(["eval", run]) == 0
+    assert main(["replay", run, "--reward", "../here/my_rewards.py:scaled"]) == 0
+    assert main(["train", run, "run.steps=2"]) == 0
+    monkeypatch.chdir(here / "runs" / "mine")
+    assert main(["train", "first", "run.steps=3"]) == 0
+    assert [file.name for file in Path().iterdir()] == ["first"]
+    assert [json.loads(line)["step"] for line in Path("first/metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
 
 
 def test_recipes_lists_and_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,6 +158,13 @@ def test_stop_string_ends_the_text_and_stays_in_it(engine: Engine, tokenizer: An
         assert tokenizer.decode(completion.token_ids, skip_special_tokens=True) == completion.text
 
 
+def test_an_empty_prompt_is_refused_in_words(engine: Engine, tokenizer: Any) -> None:
+    empty = Request(problem_id="row/7", prompt_ids=(), num_completions=1, seed=0)
+    with pytest.raises(ValueError, match="problem 'row/7': its prompt is empty"):
+        engine.generate([*requests_for(tokenizer), empty], SHORT)
+    assert len(engine.generate(requests_for(tokenizer), SHORT)) == 12, "and it goes on"
+
+
 def test_every_token_carries_the_version_of_its_weights(engine: Engine, tokenizer: Any, tiny_model: str) -> None:
     requests, weights = requests_for(tokenizer), weights_of(tiny_model)
     for version in (3, 8):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
+from grpo import cli, recipe
 from grpo.build import train
 from grpo.cli import main
+from grpo.config import Config
 from grpo.recipe import load_recipe
 from grpo.rollout_table import groups_of, rollout_table
 from grpo.run import RunFolder
+from grpo.toy import toy_group
 from grpo.types import Completion, FinishReason, Group, Outcome, Problem, Rollout, Score
 
 from .tiny_runs import DIGITS, write_recipe
@@ -26,7 +30,7 @@ def broken(completion, problem):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> RunFolder:
     folder = tmp_path_factory.mktemp("replay")
-    recipe = write_recipe(
+    file = write_recipe(
         folder,
         tiny_model,
         algo="deepseek_r1",
@@ -35,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> RunFolder:
         optim={"updates_per_step": 2},
         eval={"every": 0},
     )
-    return train(load_recipe(recipe, "algo.reference_refresh=3")).run
+    return train(load_recipe(file, "algo.reference_refresh=3")).run
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
@@ -75,7 +79,10 @@ def test_show_orders_and_limits(run: RunFolder, capsys: pytest.CaptureFixture[st
     assert "… and 10 more (--limit)" in text and "weights of step 0" in text
     text = said(capsys, "show", str(run.path), "--problem", rows[0]["problem_id"])
     assert text.count("· completion") == 3
-    assert "· completion" not in said(capsys, "show", str(run.path), "--outcome", "timeout")
+    assert ", finish reason length · " in text
+    text = said(capsys, "show", str(run.path), "--outcome", "timeout")
+    assert "· completion" not in text
+    assert "no completion in this step has the outcome timeout; there are: ok 12" in text
     assert said(capsys, "show", str(run.path), "--eval", "--step", "0").startswith("step 0: 3 completions")
 
 
@@ -84,11 +91,70 @@ def test_show_orders_and_limits(run: RunFolder, capsys: pytest.CaptureFixture[st
     [
         (["--step", "9"], "--step: there is no step 9 in rollouts\n  → there are 1–3"),
         (["--problem", "nope"], "--problem: there is no problem 'nope' in this step\n  → there are: train/"),
+        (["--limit", "0"], "--limit: is 0\n  → give 1 or more"),
+        (["--limit", "-1"], "--limit: is -1\n  → give 1 or more"),
         (["--outcome", "late"], "--outcome: there is no outcome 'late'\n  → there are: ok, wrong_format, timeout"),
     ],
 )
 def test_show_names_what_there_is(run: RunFolder, capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
     assert says in said(capsys, "show", str(run.path), *words, status=1)
+
+
+def test_show_marks_the_groups_that_dynamic_sampling_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two problems of two completions, the second without signal and dropped."""
+    groups = [toy_group("kept", [0, 1], [1, 2]), toy_group("dropped", [1, 1], [1, 2])]
+    run = RunFolder.create(tmp_path, "recipe", "name")
+    run.write_config("")
+    dropped = {(group.problem.id, index): group.problem.id == "dropped" for group in groups for index in (0, 1)}
+    run.write_rollouts(1, groups, {("kept", 0): -1.0, ("kept", 1): 1.0}, extra={"dropped": dropped})
+    text = " ".join(said(capsys, "show", str(run.path)).split())  # the terminal's width breaks lines anywhere
+    assert "dropped by dynamic sampling, their rewards being equal: 1 of the problems" in text
+    of_kept, _, of_dropped = text.partition("dropped · completion 0")
+    assert "not trained on" not in of_kept and of_dropped.count("not trained on: group dropped, without signal") == 2
+
+
+@pytest.mark.parametrize("reward", ["format", "math", "r1_rules"])
+def test_replay_takes_the_names_that_score_takes_and_the_presets(run: RunFolder, capsys: pytest.CaptureFixture[str], reward: str) -> None:
+    text = said(capsys, "replay", str(run.path), "--step", "1", "--reward", reward)
+    parts = ["accuracy", "format"] if reward == "r1_rules" else [reward]
+    assert all(f"\n  {part:<22} – → " in text for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--reward", "mat"], "--reward: there is no reward 'mat'\n  → did you mean"),
+        (["--reward", "nothing"], "math, math-verify, r1_full"),
+        (["--step", "9"], "--step: there is no step 9 in rollouts\n  → there are 1–3"),
+        (["--train", "--step", "0"], "--step: there is no step 0 in rollouts\n  → there are 1–3"),
+        (["--limit", "-1"], "--limit: is -1"),
+    ],
+)
+def test_replay_names_what_there_is(run: RunFolder, capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
+    assert says in said(capsys, "replay", str(run.path), *words, status=1)
+
+
+@pytest.mark.parametrize("command", ["train", "show", "replay"])
+def test_what_is_not_quite_the_run_folder(run: RunFolder, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    error = said(capsys, command, str(run.best_checkpoint), status=1)
+    assert f"is a part of a run, not the run folder\n  → give {str(run.path)!r}" in error
+    error = said(capsys, command, str(run.path.parent / "nope"), status=1)
+    assert "does not exist" in error and "no built-in recipe" not in error
+
+
+def test_home_and_a_trailing_slash(run: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(run.path.parent))
+    assert said(capsys, "show", f"~/{run.name}/", "--limit", "1").startswith("step 3: ")
+
+
+def test_a_run_folder_that_stands_in_no_recipes_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Directly under ``/``: it would be looked for in ``/run``, a folder of another name."""
+    config = Config()
+    config.run.dir, config.run.name = "/", "first"
+    monkeypatch.setattr(recipe, "load_run", lambda *_: config)
+    monkeypatch.setattr(cli, "_names_a_run", lambda _: True)
+    monkeypatch.setattr(cli, "_open", lambda _: RunFolder(Path("/first")))
+    assert "run: '/first' stands in no folder of a recipe\n  → move it" in said(capsys, "train", "/first", status=1)
 
 
 def test_replay_with_the_same_reward_changes_nothing(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
