@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from grpo.parts import (
     make_weight_sync,
     shared_by_environments,
 )
-from grpo.plan import Plan, anchor_paths, check_sandbox, load_both_splits, load_split, plan
+from grpo.plan import Plan, anchor_paths, check_sandbox, load_both_splits, load_split, plan, plan_without_model
 from grpo.policy import NUM_MOMENTS
 from grpo.replay import StepReplay
 from grpo.report import write_report
@@ -111,9 +112,9 @@ def train(config: Config) -> Result:
         stack.enter_context(run.held())
         resumed_from = go_back(run, here, config.run.exact) if config.run.resume else None
         anchor_paths(checked)
-        run.write_config(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-        run.write_environment(here)
-        run.write_objective(objective_card(checked))
+        record = partial(_record, run, _settings_to_keep(config, run), here, objective_card(checked))
+        if resumed_from is None:  # at once: wherever it ends, it can be gone on with. What goes on is what it was until its first update
+            record()
         randomness.seed_all(config.run.seed)
         logger.start(plain(config), run, resumed_from)
         try:
@@ -121,7 +122,7 @@ def train(config: Config) -> Result:
                 trainer = assemble(checked, early, run, logger, stack, stop)
                 if resumed_from:
                     trainer.restore(resumed_from)
-            trainer.train(stop)
+            trainer.train(stop, record)
             failed = False
         finally:
             rows = run.read_metrics()
@@ -135,6 +136,22 @@ def train(config: Config) -> Result:
     return Result(run=run, headline=headline(rows))
 
 
+def _settings_to_keep(config: Config, run: RunFolder) -> dict[str, Any]:
+    """What is to be in ``config.yaml``. A ``run.exact=false`` that a run is gone on with answers for one start: the next is asked again."""
+    settings = plain(config)
+    if config.run.resume:
+        begun = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
+        settings["run"]["exact"] = begun["run"].get("exact", True)
+    return settings
+
+
+def _record(run: RunFolder, settings: Mapping[str, Any], here: Mapping[str, Any], card: str) -> None:
+    """What the steps from here on are made with."""
+    run.write_config(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    run.write_environment(run.read_environment() | dict(here))  # the weights' self-test has put its figures there
+    run.write_objective(card)
+
+
 def go_back(run: RunFolder, here: Mapping[str, Any], exact: bool) -> int:
     """Bring a run's folder to its last sound checkpoint: the step of it; 0 if none was due yet.
 
@@ -145,9 +162,10 @@ def go_back(run: RunFolder, here: Mapping[str, Any], exact: bool) -> int:
     Raises:
         ConfigError: there is no checkpoint to go on from, or not to the bit.
     """
-    for sentence in check_conditions(run.read_environment(), here, exact):
-        warnings.warn(sentence, stacklevel=2)
     step = checkpoint.last_sound_step(run)
+    before = checkpoint.load(run, step)["run"]["environment"] if step else run.read_environment()
+    for sentence in check_conditions(before, here, exact):
+        warnings.warn(sentence, stacklevel=2)
     checkpoint.rewind(run, step)
     return step
 
@@ -215,7 +233,7 @@ def rescore(config: Config, run: RunFolder, steps: Sequence[int]) -> list[StepRe
     Raises:
         ConfigError: the reward cannot work.
     """
-    checked = plan(config)
+    checked = plan_without_model(config)
     with make_runtime(checked) as runtime:
         return [replay.rescore(step, groups_of(run.read_rollouts(step)), runtime, checked.reward_weights) for step in steps]
 
@@ -224,12 +242,14 @@ def retrain(config: Config, run: RunFolder, step: int) -> tuple[dict[str, float]
     """The update of a stored step made again from the checkpoint before it: (its metrics then, its metrics now). Nothing is written.
 
     Raises:
-        ConfigError: there is no checkpoint of the step before, or no stored rollouts.
+        ConfigError: there is no checkpoint of the step before, or it is damaged, or no stored rollouts.
     """
     found = checkpoint.steps(run)
     if step != 1 and step - 1 not in found:
         there = ", ".join(str(s) for s in [1, *(s + 1 for s in found if s + 1 in run.rollout_steps())])
         raise ConfigError("--step", f"step {step} starts from the checkpoint of step {step - 1}, which is not kept", f"there is: {there}")
+    if step > 1 and (damage := checkpoint.damaged_file(run.checkpoint(step - 1))):
+        raise ConfigError("--step", f"step {step} starts from the checkpoint of step {step - 1}, and {damage}", "choose another step")
     table = run.read_rollouts(step)
     if "dropped" in table.column_names:  # of dynamic sampling: stored, and not trained on
         table = table.filter([not dropped for dropped in table["dropped"].to_pylist()])

@@ -23,11 +23,11 @@ from grpo import randomness
 from grpo.config import ConfigError
 from grpo.policy import Policy
 from grpo.run import RunFolder
-from grpo.storage import StorageError, storage, sync
+from grpo.storage import StorageError, storage, sync, write_text
 
 STATE_FILE = "trainer_state.pt"
 CHECKSUM_FILE = "checksums.json"
-FORMAT = 2  # of the state; one with another number was written by another version of this package
+FORMAT = 3  # of the state; one with another number was written by another version of this package
 
 
 def save_model(policy: Policy, folder: Path) -> None:
@@ -54,6 +54,8 @@ def save(run: RunFolder, step: int, policy: Policy, state: Mapping[str, Any], ke
             torch.save(whole, file)
 
     _write(run.checkpoint(step), write)
+    if not run.saved_mark.exists():  # after the checkpoint: a mark alone says that one is gone
+        write_text(run.saved_mark, "")
     with storage(run.checkpoints):
         for old in [s for s in steps(run) if s <= step][:-keep]:
             _remove(run.checkpoint(old))
@@ -66,7 +68,7 @@ def little_room(run: RunFolder, num_weights: int, moments: int, keep: int) -> st
     an old one goes.
     """
     one = num_weights * (2 + 4 + 4 * moments)
-    there = sum(file.stat().st_size for step in steps(run) for file in run.checkpoint(step).iterdir())
+    there = sum(file.stat().st_size for step in steps(run) for file in _files(run.checkpoint(step)).values())
     needed, free = (keep + 1) * one - there, shutil.disk_usage(run.path).free
     if needed <= free:
         return None
@@ -78,8 +80,8 @@ def little_room(run: RunFolder, num_weights: int, moments: int, keep: int) -> st
 
 
 def steps(run: RunFolder) -> list[int]:
-    """Steps that have a checkpoint, in order."""
-    names = (re.fullmatch(r"step_(\d+)", file.parent.name) for file in run.checkpoints.glob(f"*/{STATE_FILE}"))
+    """Steps that have a checkpoint, sound or not, in order."""
+    names = (re.fullmatch(r"step_(\d+)", folder.name) for folder in run.checkpoints.glob("step_*") if folder.is_dir())
     return sorted(int(match[1]) for match in names if match)
 
 
@@ -92,7 +94,7 @@ def last_sound_step(run: RunFolder) -> int:
         ConfigError: its checkpoints are gone, or none of them is sound.
     """
     found = steps(run)
-    if not found and any("time/checkpoint" in row for row in run.read_metrics()):
+    if not found and (run.saved_mark.exists() or any("time/checkpoint" in row for row in run.read_metrics())):  # a copy may lack the mark
         raise ConfigError("run.resume", f"the checkpoints of {run.path} are gone", "put them back, or start anew under another run.name")
     for step in reversed(found):
         damage = damaged_file(run.checkpoint(step))
@@ -100,7 +102,8 @@ def last_sound_step(run: RunFolder) -> int:
             return step
         warnings.warn(f"checkpoint of step {step}: {damage}; going back to the one before", stacklevel=2)
     if found:
-        raise ConfigError("run.resume", f"none of the checkpoints in {run.checkpoints} is sound", "start anew under another run.name")
+        remedy = "make one what it was, or start anew under another run.name"
+        raise ConfigError("run.resume", f"none of the checkpoints in {run.checkpoints} is sound", remedy)
     return 0
 
 
@@ -122,20 +125,29 @@ def rewind(run: RunFolder, step: int) -> None:
     run.rewind(step, load(run, step)["run"] if step else {})
 
 
-def damaged_file(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+def damaged_file(folder: Path, needed: str = STATE_FILE) -> str | None:
+    """What is wrong with a checkpoint's files, or None: ``needed`` is among them, and all are what was written."""
     try:
-        expected: dict[str, str] = json.loads((folder / CHECKSUM_FILE).read_text(encoding="utf-8"))
+        expected = json.loads((folder / CHECKSUM_FILE).read_text(encoding="utf-8"))
+        there = _files(folder)
     except (OSError, ValueError) as error:
         return f"{CHECKSUM_FILE} cannot be read ({error})"
-    for name, checksum in expected.items():
-        if not (folder / name).is_file():
+    if not isinstance(expected, dict):
+        return f"{CHECKSUM_FILE} holds no names of files"
+    there.pop(CHECKSUM_FILE, None)
+    for name in dict.fromkeys([needed, *expected]):
+        if name not in there:
             return f"{name} is missing"
+    for name, file in there.items():
+        if name not in expected:
+            if file.suffix in (".safetensors", ".pt"):  # what training goes on from; anything else may be a note of the user's
+                return f"{name} is not in {CHECKSUM_FILE}"
+            continue
         try:
-            found = _checksum(folder / name)
+            found = _checksum(file)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        if found != checksum:
+        if found != expected[name]:
             return f"{name} is not what was written"
     return None
 
@@ -154,6 +166,11 @@ def load(run: RunFolder, step: int) -> dict[str, Any]:
     return state
 
 
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file below, by its name in the checksums. A tokenizer with several chat templates has a folder for them."""
+    return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
 def _checksum(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -166,11 +183,10 @@ def _write(folder: Path, write: Callable[[Path], None]) -> None:
         beside.mkdir(parents=True)
         try:
             write(beside)
-            checksums = {file.name: _checksum(file) for file in sorted(beside.iterdir())}
+            checksums = {name: _checksum(file) for name, file in _files(beside).items()}
             (beside / CHECKSUM_FILE).write_text(json.dumps(checksums, indent=1), encoding="utf-8")
-            for file in beside.iterdir():
-                sync(file)
-            sync(beside)
+            for written in (*beside.rglob("*"), beside):  # folders too: the names in them
+                sync(written)
         except BaseException as error:
             shutil.rmtree(beside, ignore_errors=True)  # on a full disk, give the space back
             if (cause := _disk_error(error)) is not None:

@@ -1,4 +1,4 @@
-"""What the bits of a run rest on beside its settings and its seed: recorded when it starts, compared when it is gone on with.
+"""What the bits of a run rest on beside its settings and its seed: kept with each checkpoint, compared when it is gone on with.
 
 The same sums in another order are other numbers in their last digits, and sooner or later another token. The order depends on how
 many threads share the work, on how the requests are spread over engines, on the kind of CPU, and on the libraries' versions.
@@ -49,10 +49,10 @@ def conditions(
 
 
 def check_conditions(before: Mapping[str, Any], now: Mapping[str, Any], exact: bool) -> list[str]:
-    """What has changed since a run was started last, in words, where its settings promise the same bits; else nothing.
+    """What has changed since the steps that a run goes on from were made, in words, where its settings promise the same bits; else nothing.
 
     Args:
-        before: the environment it recorded then: its ``conditions``, ``packages`` and ``cpu`` are looked at.
+        before: the environment of those steps: its ``conditions``, ``packages`` and ``cpu`` are looked at.
         now: the present one.
         exact: refuse what changes the bits; else it is one of the warnings.
 
@@ -61,6 +61,8 @@ def check_conditions(before: Mapping[str, Any], now: Mapping[str, Any], exact: b
     """
     then: Conditions = before.get("conditions", {})
     here: Conditions = now["conditions"]
+    if not then and here["exact"]:
+        return ["the record of what this run was started with (environment.json) is gone or damaged: from here on the bits may be others"]
     if not then.get("exact"):
         return []
     changed = [name for name in REMEDIES if name in then and then[name] != here.get(name)]
@@ -69,7 +71,7 @@ def check_conditions(before: Mapping[str, Any], now: Mapping[str, Any], exact: b
         back = ", ".join(REMEDIES[name].format(then[name]) for name in changed)
         raise ConfigError(
             "run.exact",
-            f"this run would not go on to the same bits: {'; '.join(said)} (environment.json has what it was started with)",
+            f"this run would not go on to the same bits: {'; '.join(said)}",
             f"{back}; or go on all the same: run.exact=false",
         )
     old, new = before.get("packages", {}), now["packages"]

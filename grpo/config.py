@@ -149,7 +149,7 @@ class RolloutConfig:
     stop: list[str] = doc("strings that end a completion; they stay in its text", factory=list)
     num_engines: int = doc("vllm: engine actors; requests are spread over them", 1)
     cpus_per_engine: int = doc("vllm: threads of one engine; 0: all cores of the machine, divided among the engines", 0)
-    gpus_per_engine: int = doc("GPUs of one engine (tensor parallel); 0: CPU", 0)
+    gpus_per_engine: int = doc("GPUs of one engine (tensor parallel); 0: an engine on CPUs, or 1 where vLLM is built for GPUs", 0)
     colocate: bool = doc("the engines share the trainer's GPUs: they give their memory back while the policy is updated", False)
     schedule: ScheduleName = doc("free: engines get work as they finish; fixed: equal shares, exact to the bit on equal machines", ScheduleName.free)
     max_staleness: int = doc("steps by which sampling may run ahead: 0 is strictly on-policy; ahead, weights change in flight", 0)
@@ -251,8 +251,11 @@ class ConfigError(ValueError):
     """A setting that cannot work: names the key, the value, what is allowed and what to do."""
 
     def __init__(self, key: str, problem: str, remedy: str = "") -> None:
-        self.key = key
+        self.key, self._said = key, (key, problem, remedy)
         super().__init__(f"{key}: {problem}" + (f"\n  → {remedy}" if remedy else ""))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str, str]]:
+        return type(self), self._said  # exceptions are pickled by their text alone
 
 
 def keys(node: Any = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:

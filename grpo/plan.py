@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,11 +84,18 @@ class Plan:
 
 
 def plan(config: Config) -> Plan:
-    """Check everything that needs no model.
+    """Check everything that can be checked without loading a model.
 
     Raises:
         ConfigError: naming the key and the remedy.
     """
+    made = plan_without_model(config)
+    check_model(config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    return made
+
+
+def plan_without_model(config: Config) -> Plan:
+    """The same for what uses no model: its files may be gone."""
     validate(config)
     algo = config.algo
     kl = dict(algo.kl)
@@ -119,7 +127,6 @@ def plan(config: Config) -> Plan:
     check_environment(made)
     try_loss(made)
     check_advantage(made)
-    check_model(config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
     return made
 
 
@@ -374,13 +381,39 @@ def _sandboxed(checked: Plan) -> Iterator[tuple[str, FunctionRef]]:
 
 def anchor_paths(checked: Plan) -> None:
     """Write absolute paths of the user's files into the configuration, so that a run can be gone on with from anywhere."""
-    algo = checked.config.algo
-    for name in ("advantage", "normalise", "ratio", "objective", "kl", "aggregation"):
-        if ref := getattr(checked, name):
-            getattr(algo, name)["fn"] = ref.target
-    for name, ref in checked.corrections.items():
-        algo.correction[name]["fn"] = ref.target
-    checked.config.data.problems["fn"] = checked.problems.target
-    checked.config.environment["fn"] = checked.environment.target
-    for part in checked.rewards:
-        checked.config.reward[part.name]["fn"] = part.ref.target
+    config = checked.config
+    if os.path.isdir(os.path.expanduser(config.model.path)):  # else a name on the hub, or what makes a model
+        config.model.path = _anchored(config.model.path, "path")
+    open_nodes: list[tuple[Any, tuple[str, ...]]] = [
+        (config, ("environment", "reward")),
+        (config.model, ("args",)),
+        (config.data, ("problems",)),
+        (config.rollout, ("engine_args",)),
+        (config.algo, ("advantage", "normalise", "ratio", "objective", "correction", "kl", "aggregation")),
+    ]
+    for section, names in open_nodes:
+        for name in names:
+            setattr(section, name, _anchored(getattr(section, name)))
+
+
+def _anchored(value: Any, name: str = "") -> Any:
+    """``value`` with the files and folders in it made absolute, however deep they stand. ``name``: of the argument it is given for."""
+    if isinstance(value, Mapping):
+        return {key: _anchored(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_anchored(item, name) for item in value]
+    if not isinstance(value, str):
+        return value
+    path, colon, function = value.rpartition(":")
+    if path.endswith(".py") and os.path.isfile(os.path.expanduser(path)):
+        return os.path.realpath(os.path.expanduser(path)) + colon + function
+    return os.path.realpath(os.path.expanduser(value)) if _is_local(value, name) else value
+
+
+def _is_local(text: str, name: str) -> bool:
+    """Whether an argument means a file or folder here. That one exists is not enough: ``train`` may be a split, ``org/name`` on the hub."""
+    there = os.path.expanduser(text)
+    if name == "path":  # whoever loads a model or a data set looks for this first, and then on the hub
+        return os.path.exists(there)
+    written_as_path = text.startswith(("./", "../", "~"))
+    return (os.path.isfile(there) and (written_as_path or "/" in text or "." in text)) or (os.path.isdir(there) and written_as_path)

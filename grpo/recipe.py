@@ -29,8 +29,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from grpo.config import Config, ConfigError, keys
+from grpo.config import Config, ConfigError, EngineName, keys
 from grpo.config_checks import validate
+from grpo.environment import vllm_is_for_gpus
 from grpo.idle import dropped
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -112,6 +113,7 @@ def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
             "recipe", f"{recipe} or a file it names is not YAML: {' '.join(str(error).split())}", "correct the file"
         ) from error
     _drop_idle(composed, overrides)
+    _give_a_gpu(composed, overrides)
     if not composed.run.recipe:
         composed.run.recipe = name
     return composed
@@ -119,12 +121,22 @@ def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
 
 def _drop_idle(composed: DictConfig, overrides: Sequence[str], *also_given: str) -> None:
     """What the recipe set for something that the command line has switched off goes with it: see ``grpo.idle``."""
-    given = {o.key_or_group for o in OverridesParser.create().parse_overrides(list(overrides))} | set(also_given)
     try:
-        for key, default in dropped(cast(Config, composed), given).items():
+        for key, default in dropped(cast(Config, composed), _given(overrides) | set(also_given)).items():
             OmegaConf.update(composed, key, default, merge=False)
     except OmegaConfBaseException as error:
         raise translate(error) from error
+
+
+def _give_a_gpu(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """To an engine of the vLLM that is built for GPUs, which is none without: recipes for CPUs run on such a machine as they are."""
+    rollout, key = composed.rollout, "rollout.gpus_per_engine"
+    if rollout.engine == EngineName.vllm and not rollout.gpus_per_engine and key not in _given(overrides) and vllm_is_for_gpus():
+        rollout.gpus_per_engine = 1
+
+
+def _given(overrides: Sequence[str]) -> set[str]:
+    return {override.key_or_group for override in OverridesParser.create().parse_overrides(list(overrides))}
 
 
 def _replacements(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:

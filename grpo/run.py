@@ -67,7 +67,9 @@ class RunFolder:
         if path.is_dir() and any((path / mark).exists() for mark in ("metrics.jsonl", "checkpoints", "rollouts", "eval")):
             raise ConfigError("run.name", f"{str(path)!r} holds a run already", "choose another name, or go on with it: run.resume=true")
         _make_folder(path, exist_ok=True)
-        return cls(path)
+        with storage(path):
+            (run := cls(path)).saved_mark.unlink(missing_ok=True)  # of a run whose files were removed by hand
+        return run
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -126,6 +128,11 @@ class RunFolder:
     def best_checkpoint(self) -> Path:
         return self.checkpoints / "best"
 
+    @property
+    def saved_mark(self) -> Path:
+        """There once there has been a checkpoint, whether it is there still or not."""
+        return self.path / ".saved"
+
     def write_config(self, yaml: str) -> None:
         write_text(self.config_file, yaml)
 
@@ -156,7 +163,7 @@ class RunFolder:
             yield
 
     def write_environment(self, record: Mapping[str, Any]) -> None:
-        """Record what ``environment()`` gives at this start; a resumed run overwrites it with its own."""
+        """Record what ``environment()`` gives at this start; a resumed run overwrites it with its own when its first step begins."""
         write_text(self.environment_file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
     def read_environment(self) -> dict[str, Any]:
@@ -165,7 +172,7 @@ class RunFolder:
             record: dict[str, Any] = json.loads(self.environment_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return record
+        return record if isinstance(record, dict) else {}
 
     def append_metrics(self, row: Mapping[str, float]) -> None:
         """Add one line to ``metrics.jsonl``. JSON knows no NaN and no infinity: they become null.
@@ -201,10 +208,11 @@ class RunFolder:
         return rows
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this folder: where its metrics end, and the W&B run it belongs to."""
+        """What a checkpoint keeps of this folder: where its metrics end, the W&B run it belongs to, what its steps were made with."""
         return {
             "metrics_bytes": self.metrics_file.stat().st_size if self.metrics_file.exists() else 0,
             "wandb_id": self.wandb_id_file.read_text(encoding="utf-8") if self.wandb_id_file.is_file() else None,
+            "environment": self.read_environment(),
         }
 
     def rewind(self, step: int, facts: Mapping[str, Any]) -> None:
@@ -354,10 +362,10 @@ def _format_row(row: Mapping[str, float]) -> str:
 
 def _parse_row(line: str, number: int, file: Path) -> dict[str, float]:
     try:
-        row = json.loads(line)
-    except ValueError:
-        raise ValueError(f"{file}, line {number} is not JSON: the file was edited or damaged; remove the line") from None
-    return {key: math.nan if value is None else value for key, value in row.items()}
+        row = json.loads(line).items()
+    except (ValueError, AttributeError):
+        raise ValueError(f"{file}, line {number} is not a JSON object: the file was edited or damaged; remove the line") from None
+    return {key: math.nan if value is None else value for key, value in row}
 
 
 def _step_name(step: int) -> str:

@@ -110,18 +110,24 @@ class Trainer:
     synced: Metrics = field(default_factory=dict)  # what was proven of the last weights that were sent
     row: Metrics = field(default_factory=dict)  # the metrics of the last step, as far as they are known
 
-    def train(self, stop: StopSignal) -> None:
-        """Go on until ``settings.steps``; on ``Interrupted`` what is done is saved before it travels on."""
+    def train(self, stop: StopSignal, begun: Callable[[], None]) -> None:
+        """Go on until ``settings.steps``; on ``Interrupted`` what is done is saved before it travels on.
+
+        Args:
+            begun: called once, before the first update: nothing has been refused until then, and nothing trained.
+        """
         s, started, before, whole = self.settings, time.monotonic(), self.elapsed, True
         try:
             self.make_up(stop)
-            for step in range(self.step + 1, s.steps + 1):
+            for step in range(first := self.step + 1, s.steps + 1):
                 self.times, begin = {}, time.monotonic()
                 with stop.anywhere():
                     self.sync()
                     drawn = self.draw(step)
                     self.make_room()
                 self.check_graders(drawn.all, step)
+                if step == first:
+                    begun()
                 whole = False  # from here on the policy may be half a step ahead
                 with self.timed("update"):
                     batch, updates = self.learner.learn(drawn.kept, self.logger.phase)

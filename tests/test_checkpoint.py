@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import itertools
+import json
 import os
 import random
 import resource
@@ -58,10 +60,17 @@ def test_a_checkpoint_comes_back_and_the_oldest_goes(run: RunFolder) -> None:
         (lambda folder: _flip(folder / "model.pt"), "model.pt is not what was written"),
         (lambda folder: (folder / "model.pt").unlink(), "model.pt is missing"),
         (lambda folder: _cut(folder / "trainer_state.pt"), "trainer_state.pt is not what was written"),
+        (lambda folder: (folder / "trainer_state.pt").unlink(), "trainer_state.pt is missing"),
         (lambda folder: (folder / "checksums.json").write_text("{"), "checksums.json cannot be read"),
+        (lambda folder: (folder / "checksums.json").write_text("{}"), "model.pt is not in checksums.json"),
+        (lambda folder: (folder / "checksums.json").write_text("[]"), "checksums.json holds no names of files"),
+        (lambda folder: _leave(folder, {"checksums.json": "{}"}), "trainer_state.pt is missing"),
     ],
-    ids=["a flipped bit", "a lost file", "a cut file", "damaged checksums"],
-)
+    ids=[
+        "a flipped bit", "a lost file", "a cut file", "a lost state", "damaged checksums", "no checksums", "checksums of another kind",
+        "nothing but no checksums",
+    ],
+)  # fmt: skip
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run: RunFolder, damage: Any, says: str) -> None:
     damage(run.checkpoint(3))
     with pytest.warns(UserWarning, match=rf"checkpoint of step 3: {says}.*going back to the one before"):
@@ -70,6 +79,13 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run: RunFolder, dama
     damage(run.checkpoint(2))
     with pytest.warns(UserWarning), pytest.raises(ConfigError, match=r"none of the checkpoints in .* is sound"):
         checkpoint.last_sound_step(run)
+
+
+def test_a_file_put_beside_is_no_damage_unless_it_holds_weights(run: RunFolder) -> None:
+    (run.checkpoint(3) / "notes.txt").write_text("the good one")
+    assert checkpoint.last_sound_step(run) == 3
+    (run.checkpoint(3) / "adapter.safetensors").write_bytes(b"")
+    assert checkpoint.damaged_file(run.checkpoint(3)) == "adapter.safetensors is not in checksums.json"
 
 
 def test_without_a_checkpoint_a_run_goes_on_from_its_beginning_unless_one_was_written(tmp_path: Path) -> None:
@@ -81,9 +97,30 @@ def test_without_a_checkpoint_a_run_goes_on_from_its_beginning_unless_one_was_wr
         checkpoint.last_sound_step(run)
 
 
-def test_going_back_moves_damaged_checkpoints_out_of_the_way(run: RunFolder) -> None:
+def test_a_checkpoint_that_no_row_tells_of_is_missed_too(run: RunFolder) -> None:
+    """One that is saved on the way out: its step's row was written before it."""
+    assert run.read_metrics() == []
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(ConfigError, match=r"the checkpoints of .*run are gone"):
+        checkpoint.last_sound_step(run)
+    anew = RunFolder.create(run.path.parents[1], "recipe", "run")  # allowed: it holds nothing
+    assert anew == run and checkpoint.last_sound_step(anew) == 0
+
+
+def test_a_crash_in_the_first_save_does_not_make_a_run_that_has_lost_its_checkpoints(tmp_path: Path) -> None:
+    for number in itertools.count():
+        run = RunFolder.create(tmp_path, "recipe", f"first_{number}")
+        killed = killed_at(number, lambda: checkpoint.save(run, 1, Numbers(1.0), {}, keep=1))  # type: ignore[arg-type]  # noqa: B023
+        assert checkpoint.last_sound_step(run) in ((0, 1) if killed else (1,))  # and none is refused
+        if not killed:
+            break
+    assert number > 8, "there are more operations than that: the patches hold"
+
+
+@pytest.mark.parametrize("damage", [lambda folder: _flip(folder / "model.pt"), lambda folder: (folder / "trainer_state.pt").unlink()])
+def test_going_back_moves_damaged_checkpoints_out_of_the_way(run: RunFolder, damage: Callable[[Path], None]) -> None:
     """Left where it is, the damaged one of step 3 would be kept as the newest, and what is saved after it thrown away."""
-    _flip(run.checkpoint(3) / "model.pt")
+    damage(run.checkpoint(3))
     checkpoint.rewind(run, 2)
     assert checkpoint.steps(run) == [2] and (run.checkpoints / "damaged_step_000003").is_dir()
     checkpoint.save(run, 3, Numbers(3.0), {}, keep=1)  # type: ignore[arg-type]
@@ -100,12 +137,42 @@ def test_the_wandb_run_and_the_end_of_the_metrics_are_in_it(run: RunFolder) -> N
     run.append_metrics({"step": 4})
     run.wandb_id_file.write_text("abc")
     checkpoint.save(run, 4, Numbers(4.0), {}, keep=2)  # type: ignore[arg-type]
-    assert checkpoint.load(run, 4)["run"] == {"metrics_bytes": len('{"step": 4}\n'), "wandb_id": "abc"}
+    facts = checkpoint.load(run, 4)["run"]
+    assert (facts["metrics_bytes"], facts["wandb_id"]) == (len('{"step": 4}\n'), "abc")
     run.wandb_id_file.unlink()
     run.metrics_file.write_text("")
     with pytest.warns(UserWarning, match="metrics.jsonl is shorter than it was at step 4"):
         checkpoint.rewind(run, 4)
     assert run.wandb_id_file.read_text() == "abc"
+
+
+class Talkative(Numbers):
+    """Its tokenizer has two chat templates, and transformers a folder for the second."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(4.0)
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}" * 100}
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def test_files_in_folders_are_synced_checked_and_counted(run: RunFolder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(checkpoint, "sync", lambda path: synced.append(path.name))
+    checkpoint.save(run, 4, Talkative(tokenizer), {}, keep=1)  # type: ignore[arg-type]
+    assert "tool_use.jinja" in synced and synced.index("additional_chat_templates") < synced.index(".step_000004.writing")
+    assert checkpoint.last_sound_step(run) == 4
+    # Two of (2 + 4 + 2 × 4) bytes a weight: 28. On a full disk there is room for as many as what is there makes when it goes.
+    files = [run.checkpoint(4) / name for name in json.loads((run.checkpoint(4) / "checksums.json").read_text())]
+    there = sum(file.stat().st_size for file in (*files, run.checkpoint(4) / "checksums.json"))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    assert checkpoint.little_room(run, there // 28, moments=2, keep=1) is None
+    assert checkpoint.little_room(run, there // 28 + 1, moments=2, keep=1) is not None
+    _flip(run.checkpoint(4) / "additional_chat_templates" / "tool_use.jinja")
+    assert checkpoint.damaged_file(run.checkpoint(4)) == "additional_chat_templates/tool_use.jinja is not what was written"
 
 
 # ---------------------------------------------------------------- random states
@@ -262,7 +329,7 @@ def test_the_best_model_is_there_at_every_moment_of_its_replacement(
     for _ in crashes(run, lambda: checkpoint.save_model(Numbers(2.0), run.best_checkpoint), tmp_path / "fresh"):  # type: ignore[arg-type]
         if not exchanged:  # between its two renames there is none, until the run is gone on with
             checkpoint.rewind(run, 3)
-        assert checkpoint.damaged_file(run.best_checkpoint) is None
+        assert checkpoint.damaged_file(run.best_checkpoint, needed="model.pt") is None
         seen.add(float(torch.load(run.best_checkpoint / "model.pt")["w"][0]))
         checkpoint.rewind(run, 3)
         assert sorted(f.name for f in run.checkpoints.iterdir()) == ["best", "step_000002", "step_000003"]
@@ -273,6 +340,13 @@ def _flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def _leave(folder: Path, texts: dict[str, str]) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+    for name, text in texts.items():
+        (folder / name).write_text(text)
 
 
 def _cut(file: Path) -> None:

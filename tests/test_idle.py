@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,3 +193,8 @@ def test_no_preset_leaves_a_recipe_with_a_setting_that_does_nothing(recipe: str)
     for group in ("algo", "rollout", "logger"):  # the groups whose choices switch something off
         for choice in groups()[group]:
             assert load_recipe(recipe, f"{group}={choice}").run.recipe == recipe
+
+
+def test_an_error_of_a_setting_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(ConfigError("optim.lr", "is 0", "raise it")))
+    assert (error.key, str(error)) == ("optim.lr", "optim.lr: is 0\n  → raise it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -189,5 +190,12 @@ def test_engines_without_gpus_need_vllm_for_cpus(
     if not for_gpus:
         assert machine(config_of()).device == "cuda"
         return
-    with pytest.raises(ConfigError, match=r"^rollout\.gpus_per_engine: is 0, .* built for GPUs\n  → set it to 1, or rollout=vllm_gpu"):
-        machine(config_of())
+    assert config_of().rollout.gpus_per_engine == 1, "a recipe for CPUs runs as it is, with one GPU"
+    assert machine(config_of()).device == "cuda", "which the trainer shares, for there is no other"
+    for by_hand in config_of("rollout.gpus_per_engine=0"), replace_gpus(config_of(), 0):
+        with pytest.raises(ConfigError, match=r"^rollout\.gpus_per_engine: is 0, .* built for GPUs\n  → set it to 1, or rollout=vllm_gpu"):
+            machine(by_hand)
+
+
+def replace_gpus(config: Config, gpus: int) -> Config:
+    return replace(config, rollout=replace(config.rollout, gpus_per_engine=gpus))

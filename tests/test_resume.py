@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -18,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from grpo import checkpoint
 from grpo.run import MEASURED, RunFolder
@@ -165,24 +168,148 @@ def test_the_one_before_a_damaged_checkpoint_leads_to_the_same_end(workshop: Wor
 # ---------------------------------------------------------------- what the bits rest on
 
 
+REFUSED = (
+    "grpo: run.exact: this run would not go on to the same bits: trainer_threads was 8 and is 1\n"
+    "  → OMP_NUM_THREADS=8 in front of the command; or go on all the same: run.exact=false\n"
+)
+
+
+def contents(run: RunFolder) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+
+
+def of_eight_threads(run: RunFolder, step: int) -> None:
+    """As if the checkpoint had been written by a process with other threads."""
+    folder = run.checkpoint(step)
+    whole = torch.load(folder / "trainer_state.pt", weights_only=True)
+    whole["run"]["environment"]["conditions"]["trainer_threads"] = 8
+    torch.save(whole, folder / "trainer_state.pt")
+    checksums = json.loads((folder / "checksums.json").read_text())
+    checksums["trainer_state.pt"] = hashlib.sha256((folder / "trainer_state.pt").read_bytes()).hexdigest()
+    (folder / "checksums.json").write_text(json.dumps(checksums))
+
+
 def test_another_number_of_threads_is_refused_in_words(workshop: Workshop) -> None:
     assert workshop.train("threads", *ENGINES["hf"], "run.steps=1") == 0, workshop.said()
     run = RunFolder.open(workshop.path("threads"))
-    recorded = run.read_environment()
-    assert (recorded["conditions"]["trainer_threads"], recorded["conditions"]["exact"]) == (1, True)
-    recorded["conditions"]["trainer_threads"] = 8
-    run.write_environment(recorded)
-    before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+    recorded = run.read_environment()["conditions"]
+    assert (recorded["trainer_threads"], recorded["exact"]) == (1, True)
+    of_eight_threads(run, 1)
+    before = contents(run)
     assert workshop.go_on("threads", "run.steps=2") == 1
-    assert workshop.said() == (
-        "grpo: run.exact: this run would not go on to the same bits: trainer_threads was 8 and is 1 (environment.json has what it was "
-        "started with)\n  → OMP_NUM_THREADS=8 in front of the command; or go on all the same: run.exact=false\n"
-    )
-    assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before, "nothing was touched"
+    assert workshop.said() == REFUSED
+    assert contents(run) == before, "nothing was touched"
     assert workshop.go_on("threads", "run.steps=2", "run.exact=false") == 0, workshop.said()
     assert "grpo: warning: trainer_threads was 8 and is 1: from here on the bits may be others" in workshop.said()
-    assert run.read_environment()["conditions"]["trainer_threads"] == 1
     assert [row["step"] for row in run.read_metrics()] == [0, 1, 2]
+    assert checkpoint.load(run, 2)["run"]["environment"]["conditions"]["trainer_threads"] == 1
+    of_eight_threads(run, 2)
+    assert workshop.go_on("threads", "run.steps=3") == 1
+    assert workshop.said() == REFUSED, "the word was for one start"
+
+
+@pytest.mark.slow
+def test_a_run_that_begins_with_exact_false_keeps_it(workshop: Workshop) -> None:
+    assert workshop.train("lax", *ENGINES["scripted"], "run.steps=1", "run.exact=false") == 0, workshop.said()
+    run = RunFolder.open(workshop.path("lax"))
+    for steps in (2, 3):
+        of_eight_threads(run, steps - 1)
+        assert workshop.go_on("lax", f"run.steps={steps}") == 0, workshop.said()
+        assert "grpo: warning: trainer_threads was 8 and is 1" in workshop.said()
+
+
+@pytest.mark.slow
+def test_conditions_are_in_the_checkpoint_and_before_the_first_in_the_environment(workshop: Workshop) -> None:
+    assert workshop.train("record", *ENGINES["scripted"], "run.steps=2") == 0, workshop.said()
+    run = RunFolder.open(workshop.path("record"))
+    run.environment_file.unlink()
+    assert workshop.go_on("record", "run.steps=3") == 0, workshop.said()
+    assert "warning" not in workshop.said() and run.read_environment()["conditions"]["trainer_threads"] == 1
+    assert workshop.train("young", *ENGINES["scripted"], kill=Kill(phase="update", call=1, share=0)) == -9, workshop.said()
+    young = RunFolder.open(workshop.path("young"))
+    young.environment_file.write_text("{")
+    assert workshop.go_on("young", "run.steps=1") == 0, workshop.said()
+    assert "warning: the record of what this run was started with (environment.json) is gone or damaged" in workshop.said()
+
+
+# ---------------------------------------------------------------- settings that a run is to go on with
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "override", "says"),
+    [
+        (("rollout.max_staleness=1",), "rollout.max_staleness=0", "rollout.max_staleness: is 0, and this run has begun"),
+        ((), "rollout.max_new_tokens=5000", "max_new_tokens=5000 do not fit"),
+    ],
+    ids=["by the trainer's state", "by the engine"],
+)
+def test_a_setting_that_is_refused_is_not_kept(workshop: Workshop, words: tuple[str, ...], override: str, says: str) -> None:
+    name = f"refused_{len(words)}"
+    assert workshop.train(name, *ENGINES["hf"], *words, "eval.problems=0", kill=Kill(phase="row", call=3, share=1)) == -9, workshop.said()
+    run = RunFolder.open(workshop.path(name))
+    before = record(run)
+    assert workshop.go_on(name, override) == 1
+    assert says in workshop.said()
+    assert record(run) == before
+    assert workshop.go_on(name) == 0, workshop.said()
+    assert [row["step"] for row in run.read_metrics()] == list(range(1, STEPS + 1))
+
+
+def test_a_setting_is_kept_from_the_first_update_on(workshop: Workshop) -> None:
+    assert workshop.train("setting", *ENGINES["scripted"], "run.steps=2") == 0, workshop.said()
+    run, words = RunFolder.open(workshop.path("setting")), ("run.steps=4", "algo.objective.clip_high=0.5")
+    run.write_environment(run.read_environment() | {"python": "2.7"})
+    before = record(run)
+    assert workshop.go_on("setting", *words, kill=Kill(phase="generation", call=1, share=1)) == -9, workshop.said()
+    assert record(run) == before
+    assert workshop.go_on("setting", *words, kill=Kill(phase="update", call=1, share=0)) == -9, workshop.said()
+    kept = yaml.safe_load(run.config_file.read_text())
+    assert (kept["algo"]["objective"]["clip_high"], kept["run"]["steps"]) == (0.5, 4)
+    assert "clip(ρ, 0.8, 1.5)" in run.objective_file.read_text() and "clip(ρ, 0.8, 1.5)" not in before[1]
+    assert run.read_environment()["python"] == platform.python_version()
+    assert workshop.go_on("setting") == 0, workshop.said()
+    assert [row["step"] for row in run.read_metrics()] == [0, 1, 2, 3, 4]
+
+
+def record(run: RunFolder) -> tuple[str, str, dict[str, Any]]:
+    """What is kept of the settings and the machine. The figures of the weights' self-test stand there too as soon as it has passed."""
+    environment = {name: value for name, value in run.read_environment().items() if name != "weight_self_test"}
+    return run.config_file.read_text(), run.objective_file.read_text(), environment
+
+
+# ---------------------------------------------------------------- a checkpoint that is gone
+
+STOPPING = '''
+import os
+import signal
+from pathlib import Path
+
+ASKED = Path({file!r})
+
+def answer(prompt, index, seed):
+    """SIGTERM with the first completion of step 3: there are 2 × 4 in each."""
+    asked = len(ASKED.read_text()) if ASKED.exists() else 0
+    ASKED.write_text("." * (asked + 1))
+    if asked == 16:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return str(index)
+'''
+
+
+def test_a_checkpoint_of_the_way_out_is_missed_when_it_is_deleted(workshop: Workshop) -> None:
+    """``run.checkpoint_every=0`` and SIGTERM: its row was written before it."""
+    (workshop.folder / "my_answers.py").write_text(STOPPING.format(file=str(workshop.folder / "asked")))
+    answer = f"rollout.engine_args.answer={workshop.folder / 'my_answers.py'}:answer"
+    words = (*ENGINES["scripted"], "run.checkpoint_every=0", "eval.problems=0", answer)
+    assert workshop.train("stopped", *words) == 130, workshop.said()
+    run = RunFolder.open(workshop.path("stopped"))
+    assert checkpoint.steps(run) == [2] and not any("time/checkpoint" in row for row in run.read_metrics())
+    shutil.rmtree(run.checkpoints)
+    before = contents(run)
+    assert workshop.go_on("stopped") == 1
+    assert workshop.said().startswith(f"grpo: run.resume: the checkpoints of {run.path} are gone\n  → put them back")
+    assert contents(run) == before
 
 
 # ---------------------------------------------------------------- a disk that is full, a folder that is read-only

@@ -212,6 +212,9 @@ def test_environment_is_complete_and_json(run: RunFolder) -> None:
     assert recorded == run.read_environment()
     assert recorded["cores"] >= 1 and recorded["memory_gib"] > 0 and recorded["packages"]["torch"]
     assert recorded["conditions"] == {"trainer_threads": 2}
+    for damaged in ("{", "[]"):
+        run.environment_file.write_text(damaged)
+        assert run.read_environment() == {}
 
 
 # ---------------------------------------------------------------- what the bits rest on
@@ -246,14 +249,20 @@ def test_what_promises_the_same_bits(settings: dict[str, object], exact: bool) -
 def test_a_changed_condition_is_refused_or_said() -> None:
     before = held()
     assert check_conditions(before, held(), exact=True) == []
-    with pytest.raises(ConfigError, match=r"run\.exact: .* num_engines was 1 and is 2; trainer_threads was 2 and is 4 ") as caught:
+    with pytest.raises(ConfigError, match=r"run\.exact: .* num_engines was 1 and is 2; trainer_threads was 2 and is 4\n") as caught:
         check_conditions(before, held(threads=4, num_engines=2), exact=True)
     remedy = str(caught.value).splitlines()[1]
     assert remedy == "  → rollout.num_engines=1, OMP_NUM_THREADS=2 in front of the command; or go on all the same: run.exact=false"
     assert check_conditions(before, held(threads=4), exact=False) == ["trainer_threads was 2 and is 4: from here on the bits may be others"]
     free = held(schedule=ScheduleName.free)
     assert check_conditions(free, held(threads=4, schedule=ScheduleName.free), exact=True) == [], "nothing was promised"
-    assert check_conditions({}, held(), exact=True) == [], "environment.json is lost"
+
+
+def test_what_is_not_known_of_the_start_is_not_compared_and_said() -> None:
+    said = ["the record of what this run was started with (environment.json) is gone or damaged: from here on the bits may be others"]
+    assert check_conditions({}, held(), exact=True) == said
+    assert check_conditions({"weight_self_test": {}}, held(), exact=True) == said
+    assert check_conditions({}, held(schedule=ScheduleName.free), exact=True) == [], "nothing is promised"
 
 
 def test_other_versions_and_cpus_are_a_warning() -> None:
@@ -280,9 +289,10 @@ def test_metrics_survive_nan_and_a_torn_last_line(run: RunFolder) -> None:
     assert math.isnan(run.read_metrics()[0]["policy/loss"])
 
 
-def test_a_damaged_line_in_the_middle_is_an_error(run: RunFolder) -> None:
-    run.metrics_file.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
+@pytest.mark.parametrize("line", ['{"st', "2"])
+def test_a_damaged_line_in_the_middle_is_an_error(run: RunFolder, line: str) -> None:
+    run.metrics_file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(ValueError, match="line 2 is not a JSON object"):
         run.read_metrics()
 
 
