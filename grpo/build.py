@@ -140,8 +140,11 @@ def _settings_to_keep(config: Config, run: RunFolder) -> dict[str, Any]:
     """What is to be in ``config.yaml``. A ``run.exact=false`` that a run is gone on with answers for one start: the next is asked again."""
     settings = plain(config)
     if config.run.resume:
-        begun = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
-        settings["run"]["exact"] = begun["run"].get("exact", True)
+        try:
+            settings["run"]["exact"] = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))["run"].get("exact", True)
+        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+            what = f"{run.config_file} is not the configuration of a run: {' '.join(str(error).split())}"
+            raise ConfigError("run.resume", what, "put it back as it was") from error
     return settings
 
 

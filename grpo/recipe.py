@@ -289,6 +289,8 @@ def load_run(folder: Path, overrides: Sequence[str] = (), reward: str | None = N
             OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise translate(error) from error
+    except YAMLError as error:
+        raise ConfigError("run.resume", f"{folder / 'config.yaml'} is not YAML: {' '.join(str(error).split())}", "correct it") from error
     assert isinstance(composed, DictConfig)
     _drop_idle(composed, overrides, *(("reward", "eval.problems") if reward is not None else ()))
     composed.run.dir, composed.run.recipe, composed.run.name = str(folder.parent.parent), folder.parent.name, folder.name

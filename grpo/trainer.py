@@ -226,6 +226,7 @@ class Trainer:
         missing = self.evaluation_due() and "eval/pass@1" not in recorded
         if missing or (self.row and not recorded):
             whole = self.row | (self.evaluate(stop) if missing else {})
+            whole |= {f"time/{name}": seconds for name, seconds in self.times.items()}
             self.run.drop_metrics(self.step)
             self.logger.log(self.step, whole)
 

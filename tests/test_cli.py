@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grpo.build import train
 from grpo.cli import main
-from grpo.config import Config, keys
+from grpo.config import Config, ConfigError, keys
 from grpo.plan import anchor_paths, plan
-from grpo.recipe import built_in, compose_recipe, groups, load_recipe, locate, sweep
+from grpo.recipe import built_in, compose_recipe, groups, load_recipe, load_run, locate, sweep
 
 # The real command, but its last line of output says whether torch was loaded on the way.
 PROGRAM = "import sys; from grpo.cli import main; code = main(); print(f'torch={\"torch\" in sys.modules}'); sys.exit(code)"
@@ -382,3 +383,16 @@ def test_a_component_given_on_the_command_line_starts_from_nothing() -> None:
     assert plan(config).corrections == {}
     config = load_recipe(BUILT_IN, "algo.objective.clip_high=0.28")  # without a new fn, the preset's other arguments stay
     assert config.algo.objective == {"fn": "grpo.objectives.clipped_surrogate", "clip_low": 0.2, "clip_high": 0.28}
+
+
+def test_a_run_whose_configuration_is_damaged_is_refused_in_words(tmp_path: Path) -> None:
+    run = tmp_path / "tiny_digits" / "one"
+    run.mkdir(parents=True)
+    words = ["rollout=scripted", "logger=quiet", f"run.dir={tmp_path}", "run.name=one", "run.resume=true"]
+    for damaged in "run: [", "[]", "run: 3", "":
+        (run / "config.yaml").write_text(damaged)
+        with pytest.raises(ConfigError, match=r"run\.resume: .*config\.yaml is not the configuration of a run"):
+            train(load_recipe("tiny_digits", *words))
+    (run / "config.yaml").write_text("run: [")
+    with pytest.raises(ConfigError, match=r"run\.resume: .*config\.yaml is not YAML"):
+        load_run(run)

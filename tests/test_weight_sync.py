@@ -135,6 +135,13 @@ def test_a_run_tests_its_weights_when_it_starts_and_when_it_is_resumed(recipe: s
             assert row[key] == other[key], "the test of the weights leaves no trace"
 
 
+def test_what_the_start_took_is_in_the_row_of_its_evaluation(tmp_path: Path, tiny_model: str) -> None:
+    words = ["run.name=one", "run.steps=1"]
+    rows = train(load_recipe(write_recipe(tmp_path, tiny_model), *words)).run.read_metrics()
+    assert [row["step"] for row in rows] == [0, 1]
+    assert rows[0]["time/self_test"] > 0 and rows[0]["time/eval"] > 0 and "time/self_test" not in rows[1]
+
+
 def faulty(monkeypatch: pytest.MonkeyPatch, fault: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], first: int) -> None:
     """From the load with version ``first`` on, an engine applies what ``fault`` makes of the weights."""
     load = HFEngine.load_weights
