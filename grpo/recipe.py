@@ -330,7 +330,7 @@ def sweep(recipe: str, overrides: Sequence[str], job: Callable[[Config], None]) 
     whole = recipe if folder is None else str(folder / f"{name}.yaml")  # a job may be told to run in a folder of its own
     held_back, told = _of_hydra(overrides)
     search = [] if folder is None else [f"hydra.searchpath=[{BUILT_IN}]"]
-    quiet = ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.sweep.dir=runs/.hydra"]
+    quiet = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.sweep.dir=runs/.hydra"]
 
     def task(_: DictConfig) -> None:
         hydra = HydraConfig.get()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -205,6 +206,13 @@ CLIPPED = ["algo=grpo", "algo.objective.fn=grpo.objectives.sapo"]  # the preset'
 TIS = "{tis: {fn: grpo.corrections.truncated_importance}}"
 SAPO, PLAIN = "grpo.objectives.sapo", "grpo.objectives.policy_gradient"
 ONE_PART = "reward={a: {fn: ./my_rewards.py:scaled}}"
+
+
+def test_jobs_of_multirun_can_warn() -> None:
+    """Hydra's ``disabled`` logging switches off every logger there is."""
+    log, heard = logging.getLogger("grpo.rollouts.fleet"), list[bool]()
+    sweep(BUILT_IN, ["run.seed=0,1"], lambda config: heard.append(log.isEnabledFor(logging.WARNING)))
+    assert heard == [True, True] and log.isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.parametrize(

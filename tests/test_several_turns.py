@@ -231,7 +231,7 @@ def test_a_reader_can_tell_who_said_what(tmp_path: Any) -> None:
     show(run, Choice(), console)
     text = console.export_text()
     assert "<python>print(17 * 23)</python>\n│ 391\n│ <b>bold</b>\n391 it is" in text
-    assert "3 tokens and 2 of the environment" in text and "5 tokens, finished" in text
+    assert "3 tokens and 2 of the environment" in text and "5 tokens, finish reason stop" in text
     console = Console(width=160, record=True, force_terminal=False)
     console.print(sample_table(1, conversation().rollouts, {}))
     text = console.export_text()
