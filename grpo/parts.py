@@ -16,7 +16,7 @@ from grpo.data import ProblemSource
 from grpo.interrupt import StopSignal
 from grpo.learner import Learner
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
-from grpo.machine import Machine, cpus_per_engine, cpus_per_rank, gpus_of_trainer, need_ray
+from grpo.machine import Machine, cpus_of_trainer, cpus_per_engine, cpus_per_rank, gpus_of_trainer, need_ray
 from grpo.plan import Plan, scripted_answer
 from grpo.policy import HFPolicy, OptimSettings
 from grpo.rollouts.assembly import Scorer, ScoreWhen
@@ -116,7 +116,7 @@ def make_engine(
             "revision": model.revision,
             "trust_remote_code": model.trust_remote_code,
             "num_gpus": rollout.gpus_per_engine,
-            "engine_args": vllm_arguments(config),
+            "engine_args": vllm_arguments(config, where),
         },
     )
     stack.enter_context(_closing(pool))
@@ -125,11 +125,14 @@ def make_engine(
     return pool
 
 
-def vllm_arguments(config: Config) -> dict[str, Any]:
-    """What a recipe means for ``vllm.LLM``; its own ``rollout.engine_args`` win."""
-    rollout = config.rollout
+def vllm_arguments(config: Config, where: Machine) -> dict[str, Any]:
+    """What a recipe means for ``vllm.LLM``; its own ``rollout.engine_args`` win. vLLM's 0.9 of a GPU leaves a trainer no room."""
+    rollout, shared = config.rollout, dict[str, Any]()
     parallel = {"tensor_parallel_size": rollout.gpus_per_engine} if rollout.gpus_per_engine > 1 else {}
-    shared = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5} if rollout.colocate else {}  # vLLM's 0.9 leaves no trainer room
+    if rollout.colocate:
+        shared = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
+    elif where.device == "cuda" and rollout.gpus_per_engine and config.trainer.ranks == 1:  # the first GPU, which is engine 0's too
+        shared = {"gpu_memory_utilization": 0.35}
     return {**parallel, **shared, **rollout.engine_args}
 
 
@@ -223,6 +226,8 @@ def make_policy(config: Config, folder: str, tokenizer: Any, where: Machine, ran
         "tokens_per_microbatch": config.trainer.tokens_per_microbatch,
     }
     if ranks is None:
+        if (threads := cpus_of_trainer(config, where)) < min(where.cores, torch.get_num_threads()):
+            torch.set_num_threads(threads)
         if where.device.startswith("cuda"):  # what asks for "cuda" without a number then means this one too
             torch.cuda.set_device(int(where.device.partition(":")[2] or 0))
         dtype = getattr(torch, where.dtype_name)

@@ -183,6 +183,9 @@ def _credits(made: Plan, rewards: list[float]) -> bool:
     except Exception as error:  # the user's code: anything
         what = f"{made.advantage.target} fails for a group with the rewards {rewards}: {type(error).__name__}: {error}"
         raise ConfigError("algo.advantage", what, "such groups come up in every run") from error
+    if not torch.as_tensor(advantages).isfinite().all():
+        what = f"{made.advantage.target} gives {advantages.tolist()} for a group with the rewards {rewards}"
+        raise ConfigError("algo.advantage", what, "return 0 where the rewards of a group are equal: such groups come up in every run")
     return bool((advantages != 0).any())
 
 
@@ -394,14 +397,16 @@ def anchor_paths(checked: Plan) -> None:
     for section, names in open_nodes:
         for name in names:
             setattr(section, name, _anchored(getattr(section, name)))
+    if isinstance(path := config.data.problems.get("path"), str):
+        config.data.problems["path"] = _anchored(path, "path")
 
 
 def _anchored(value: Any, name: str = "") -> Any:
     """``value`` with the files and folders in it made absolute, however deep they stand. ``name``: of the argument it is given for."""
     if isinstance(value, Mapping):
-        return {key: _anchored(item, str(key)) for key, item in value.items()}
+        return {key: _anchored(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_anchored(item, name) for item in value]
+        return [_anchored(item) for item in value]
     if not isinstance(value, str):
         return value
     path, colon, function = value.rpartition(":")
@@ -413,7 +418,7 @@ def _anchored(value: Any, name: str = "") -> Any:
 def _is_local(text: str, name: str) -> bool:
     """Whether an argument means a file or folder here. That one exists is not enough: ``train`` may be a split, ``org/name`` on the hub."""
     there = os.path.expanduser(text)
-    if name == "path":  # whoever loads a model or a data set looks for this first, and then on the hub
+    if name == "path":  # of a model or of a data set: whoever loads it looks for this first, and then on the hub
         return os.path.exists(there)
-    written_as_path = text.startswith(("./", "../", "~"))
+    written_as_path = text.startswith(("./", "../", "~/"))
     return (os.path.isfile(there) and (written_as_path or "/" in text or "." in text)) or (os.path.isdir(there) and written_as_path)

@@ -293,6 +293,7 @@ def load_run(folder: Path, overrides: Sequence[str] = (), reward: str | None = N
         raise ConfigError("run.resume", f"{folder / 'config.yaml'} is not YAML: {' '.join(str(error).split())}", "correct it") from error
     assert isinstance(composed, DictConfig)
     _drop_idle(composed, overrides, *(("reward", "eval.problems") if reward is not None else ()))
+    _give_a_gpu(composed, overrides)
     composed.run.dir, composed.run.recipe, composed.run.name = str(folder.parent.parent), folder.parent.name, folder.name
     return to_config(composed)
 
@@ -383,7 +384,7 @@ def _open_node_anew(text: str) -> bool:
         return False
     anew = [value.startswith("{") for value in _values(o)]
     if any(anew) and not all(anew):
-        raise ConfigError(o.key_or_group, "a sweep cannot have choices of the group beside {…}", "write every one as {…}, or sweep twice")
+        raise ConfigError(o.key_or_group, "a sweep cannot have names, or null, beside {…}", "write every one as {…}, or sweep twice")
     return any(anew)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from grpo.metrics import has_signal
 from grpo.rewards.health import failures
 from grpo.rollouts.assembly import Scorer
 from grpo.rollouts.episode import FAILURE, judged
@@ -94,12 +95,8 @@ def compare_updates(stored: Mapping[str, float], fresh: Mapping[str, float]) -> 
 
 
 def _signal_changes(replays: Sequence[StepReplay]) -> tuple[int, int]:
-    pairs = [(_has_signal(b), _has_signal(a)) for r in replays for b, a in zip(r.before, r.after, strict=True)]
+    pairs = [(has_signal(b), has_signal(a)) for r in replays for b, a in zip(r.before, r.after, strict=True)]
     return sum(a and not b for b, a in pairs), sum(b and not a for b, a in pairs)
-
-
-def _has_signal(group: Group) -> bool:
-    return len({r.reward for r in group.rollouts if r.scored}) > 1
 
 
 def _parts(found: Sequence[Rollout]) -> list[str]:

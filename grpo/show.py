@@ -40,8 +40,8 @@ def show(run: RunFolder, choice: Choice, console: Console) -> None:
     Raises:
         ConfigError: no such step, problem or outcome; the message names those there are. Or there is nothing to print.
     """
-    if choice.limit < 1:
-        raise ConfigError("--limit", f"is {choice.limit}", "give 1 or more: how many rollouts to print")
+    if choice.limit < 0:
+        raise ConfigError("--limit", f"is {choice.limit}", "give how many rollouts to print; 0: the summary alone")
     steps = steps_of(run, choice.step, choice.folder)
     step = steps[-1]
     rows = run.read_rollouts(step, choice.folder).to_pylist()

@@ -93,7 +93,6 @@ class WeightSync:
         apart = probe_difference(self._engine, lambda answers: logprobs(policy, answers), self._probe.gauge, self._probe.sampling)
         return report.metrics() | {"sync/probe_logprob_diff": apart}
 
-
     def _load(self, version: int) -> SyncReport:
         """Load the policy's weights; what an engine in this process says it got is what was sent. A pool asks each of its own engines."""
         if not isinstance(self._engine, ServedEngine):

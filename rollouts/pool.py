@@ -26,6 +26,7 @@ from grpo.types import Completion, Request, Sampling
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+_FREED = 60.0  # seconds to wait for cores and GPUs that others hold
 _RAY_ENVIRONMENT = {  # read by ray's processes when they start; what the user has set stays
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -62,8 +63,6 @@ def stop_ray() -> None:
     import ray
 
     ray.shutdown()
-
-_FREED = 15.0  # seconds to wait for cores and GPUs that others hold
 
 
 class EnginePool(Serving):

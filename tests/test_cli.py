@@ -247,7 +247,7 @@ def test_a_job_of_multirun_is_what_it_would_be_alone(
         pytest.param(["run.seed=0,1", "optim.lr=1,2", "run.name='s${run.seed}'"], "run.name", "for several jobs", id="a name too vague"),
         pytest.param(["optim.lr=interval(1e-6,1e-4)"], "--multirun", "BasicSweeper does not support", id="not of this sweeper"),
         pytest.param(["algo=glob(x*)"], "algo", "matches nothing", id="glob of nothing"),
-        pytest.param(["reward=match,{a: {fn: ./my_rewards.py:scaled}}", "eval.problems=0"], "reward", "choices of the group", id="mixed"),
+        pytest.param(["reward=match,{a: {fn: ./my_rewards.py:scaled}}", "eval.problems=0"], "reward", "names, or null, beside", id="mixed"),
         pytest.param(["run.seed=0,1", "reward.x.fn=./nowhere.py:f"], "reward.x.fn", "does not exist", id="found by a job"),
     ],
 )
@@ -396,7 +396,7 @@ def test_a_component_given_on_the_command_line_starts_from_nothing() -> None:
 def test_a_run_whose_configuration_is_damaged_is_refused_in_words(tmp_path: Path) -> None:
     run = tmp_path / "tiny_digits" / "one"
     run.mkdir(parents=True)
-    words = ["rollout=scripted", "logger=quiet", f"run.dir={tmp_path}", "run.name=one", "run.resume=true"]
+    words = ["rollout=scripted", "logger=quiet", f"run.dir={tmp_path}", "run.name=one", "run.resume=true", "run.exact=false"]
     for damaged in "run: [", "[]", "run: 3", "":
         (run / "config.yaml").write_text(damaged)
         with pytest.raises(ConfigError, match=r"run\.resume: .*config\.yaml is not the configuration of a run"):

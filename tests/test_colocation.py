@@ -127,9 +127,12 @@ def config_of(ranks: int, num_engines: int, colocate: bool, **engine_args: Any) 
 
 
 def test_vllm_is_told_to_leave_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert vllm_arguments(config_of(1, 1, colocate=False)) == {}
-    assert vllm_arguments(config_of(1, 1, colocate=True)) == {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
-    found = vllm_arguments(config_of(4, 2, colocate=True, gpu_memory_utilization=0.3))
+    first, second, cpu = (Machine(device=device, dtype_name="bfloat16", cores=8) for device in ("cuda", "cuda:1", "cpu"))
+    assert [vllm_arguments(config_of(1, 1, colocate=False), where) for where in (second, cpu)] == [{}, {}]
+    assert vllm_arguments(config_of(1, 1, colocate=False), first) == {"gpu_memory_utilization": 0.35}, "engine 0 has the first GPU too"
+    assert vllm_arguments(config_of(4, 2, colocate=False), first) == {"tensor_parallel_size": 2}, "four ranks have GPUs of their own"
+    assert vllm_arguments(config_of(1, 1, colocate=True), first) == {"enable_sleep_mode": True, "gpu_memory_utilization": 0.5}
+    found = vllm_arguments(config_of(4, 2, colocate=True, gpu_memory_utilization=0.3), first)
     assert found == {"tensor_parallel_size": 2, "enable_sleep_mode": True, "gpu_memory_utilization": 0.3}
 
 

@@ -187,6 +187,8 @@ def best_of(rewards, group_index):
         mine = rewards[group_index == group]
         out[group_index == group] = ((mine == mine.max()) & (mine.max() != mine.min())).double()
     return out
+def unguarded(rewards, group_index):
+    return (rewards - rewards.mean()) / rewards.std()
 def above_half(rewards, group_index):
     return rewards - 0.5
 def fails_on_equals(rewards, group_index):
@@ -203,6 +205,8 @@ def test_an_advantage_of_ones_own_is_asked_not_known_by_name(tmp_path: Path) -> 
         card("algo=dapo", f"algo.advantage.fn={file}:above_half")
     with pytest.raises(ConfigError, match=r"advantage: .*fails_on_equals fails for a group .* I divide by the spread"):
         card("algo=dapo", f"algo.advantage.fn={file}:fails_on_equals")
+    with pytest.raises(ConfigError, match=r"advantage: .*unguarded gives \[nan, nan, nan, nan\] for a group with the rewards \[0.3"):
+        card("algo=dapo", f"algo.advantage.fn={file}:unguarded")
     alone = "rollout.completions_per_problem=1"
     with pytest.raises(ConfigError, match=r"best_of compares the completions of a problem: nothing would be learned"):
         card("algo=grpo", f"algo.advantage.fn={file}:best_of", alone)

@@ -11,7 +11,7 @@ import torch
 
 from grpo import environment, parts
 from grpo.config import Config, ConfigError
-from grpo.machine import Machine, gpus_of_cluster, machine, trainer_device, without_trainer
+from grpo.machine import Machine, cpus_of_trainer, cpus_per_engine, gpus_of_cluster, machine, trainer_device, without_trainer
 from grpo.recipe import load_recipe
 
 
@@ -117,7 +117,7 @@ def test_what_only_samples_needs_no_gpu_beside_the_engines(hardware: Callable[..
 
 def test_a_machine_with_too_few_gpus_for_the_engines(hardware: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     hardware(1)
-    with pytest.raises(ConfigError, match=r"^rollout\.gpus_per_engine: asks for 2 GPUs, but torch sees 1"):
+    with pytest.raises(ConfigError, match=r"^rollout\.gpus_per_engine: is 1, for 2 engines 2 GPUs, but torch sees 1"):
         machine(config_of(*engines(2)))
     monkeypatch.setenv("RAY_ADDRESS", "somewhere")
     assert machine(config_of(*engines(2))).device == "cuda"
@@ -195,6 +195,24 @@ def test_engines_without_gpus_need_vllm_for_cpus(
     for by_hand in config_of("rollout.gpus_per_engine=0"), replace_gpus(config_of(), 0):
         with pytest.raises(ConfigError, match=r"^rollout\.gpus_per_engine: is 0, .* built for GPUs\n  → set it to 1, or rollout=vllm_gpu"):
             machine(by_hand)
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "engine", "trainer"),
+    [
+        ([], "cpu", 8, 8),  # in turns
+        (["rollout.num_engines=2"], "cpu", 4, 8),
+        (["rollout.max_staleness=1"], "cpu", 4, 4),  # at once
+        (["rollout.max_staleness=1", "rollout.num_engines=3"], "cpu", 1, 5),
+        (["rollout.max_staleness=1", "rollout.cpus_per_engine=6"], "cpu", 6, 2),
+        (["rollout.max_staleness=1", "rollout.cpus_per_engine=9"], "cpu", 9, 1),
+        (["rollout.max_staleness=1", "rollout=hf"], "cpu", 8, 8),  # in the trainer's process
+        (["rollout.max_staleness=1"], "cuda", 8, 8),
+    ],
+)
+def test_cores_are_divided_where_sampling_and_training_go_on_at_once(words: list[str], device: str, engine: int, trainer: int) -> None:
+    config, where = config_of(*words), Machine(device=device, dtype_name="bfloat16", cores=8)
+    assert (cpus_per_engine(config, where), cpus_of_trainer(config, where)) == (engine, trainer)
 
 
 def replace_gpus(config: Config, gpus: int) -> Config:

@@ -91,8 +91,7 @@ def test_show_orders_and_limits(run: RunFolder, capsys: pytest.CaptureFixture[st
     [
         (["--step", "9"], "--step: there is no step 9 in rollouts\n  → there are 1–3"),
         (["--problem", "nope"], "--problem: there is no problem 'nope' in this step\n  → there are: train/"),
-        (["--limit", "0"], "--limit: is 0\n  → give 1 or more"),
-        (["--limit", "-1"], "--limit: is -1\n  → give 1 or more"),
+        (["--limit", "-1"], "--limit: is -1\n  → give how many rollouts to print; 0: the summary alone"),
         (["--outcome", "late"], "--outcome: there is no outcome 'late'\n  → there are: ok, wrong_format, timeout"),
     ],
 )
