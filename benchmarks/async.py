@@ -1,7 +1,7 @@
 """What sampling ahead of training gives: time and idleness by pacing alone, and what it does to learning.
 
     python benchmarks/async.py pacing [--updates 40]
-    python benchmarks/async.py learning [--recipe r1_zero_arithmetic] [--staleness 0 1 2 4] [--runs runs] [OVERRIDE …]
+    python benchmarks/async.py learning [--recipe r1_zero_arithmetic] [--staleness 0,1,2,4] [--runs runs] [OVERRIDE …]
 
 pacing: the collectors as they are, with an engine and an update that take time and no cores, as on a machine whose engines and trainer
 have GPUs of their own: 64 sequences at once, 10 ms a token for all of them, 16 groups of 8 with log-normal lengths (median 60 tokens,
@@ -131,7 +131,7 @@ def main() -> None:
     command.add_argument("--updates", type=int, default=40)
     command = commands.add_parser("learning")
     command.add_argument("--recipe", default="r1_zero_arithmetic")
-    command.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2, 4])
+    command.add_argument("--staleness", type=lambda text: [int(k) for k in text.split(",")], default=[0, 1, 2, 4])
     command.add_argument("--runs", type=Path, default=Path("runs"))
     options, overrides = parser.parse_known_args()
     if options.command == "pacing":
