@@ -203,6 +203,33 @@ def test_where_neither_is_known_the_card_claims_nothing(overrides: list[str]) ->
 # ---------------------------------------------------------------- a step in words
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says", "never"),
+    [
+        (["algo=grpo"], "ρ is exactly 1, and no bound on it can bind", "act from the second"),
+        (["algo=grpo", "optim.updates_per_step=4"], "ρ is 1 in the first of 4 updates; its bounds act from the second on", "exactly 1"),
+        (["algo=rloo", "optim.updates_per_step=4"], "ρ is 1 in the first of 4 updates.", "bounds"),
+        (["algo=dppo"], "compares with the engine's own log-probs: its bounds act", "π_prox is"),
+        (["algo=grpo"], "a loss value near 0 is normal", "how long completions are"),
+        (["algo=dapo"], "depends on how long completions are", "near 0 is normal"),
+        (["algo=grpo", "algo.mask_truncated=true"], "take no part in the loss", "near 0 is normal"),
+        (["algo=grpo", "algo.correction={}"], "Nothing corrects for the difference", "truncated at"),
+        (["algo=grpo"], "the engine's log-probs and the trainer's, is truncated at 2", "Nothing corrects"),
+        (["algo=dapo"], "Up to 128 completions a step", "Groups of one"),
+        (["algo=deepseek_r1", "optim.updates_per_step=16"], "every 400 optimiser updates, that is, every 25 steps", "started from"),
+        (["algo=deepseek_r1", "optim.updates_per_step=3"], "a refresh within a step acts from the next step on", "every 133"),
+        (["algo=deepseek_v3_2"], "π_ref is the model the run started from", "becomes the policy"),
+        (["algo=grpo", "algo.kl={fn: grpo.kl.k3, coef: 0}"], "no reference model is loaded", "KL    ="),
+        (["algo=grpo", "algo.combine_rewards=after"], "accuracy with w = 1, format with w = 0.2", "r     ="),
+        (["algo=grpo", "rollout.temperature=0.6"], "are those at temperature 0.6", "temperature 1"),
+        (["algo=grpo"], "one optimiser update of all 128", "temperature"),
+    ],
+)
+def test_a_sentence_stands_where_it_is_true_and_nowhere_else(overrides: list[str], says: str, never: str) -> None:
+    text = card(*overrides)
+    assert says in text and never not in text, text
+
+
 OWN = '''
 def double(log_ratio, rollout_index):
     """ρ is 2 where nothing has moved."""
