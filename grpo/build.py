@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from grpo import checkpoint, randomness, replay
+from grpo.anchor import anchor_paths
 from grpo.card import objective_card
 from grpo.conditions import check_conditions
 from grpo.config import Config, ConfigError
@@ -43,7 +44,7 @@ from grpo.parts import (
     make_weight_sync,
     shared_by_environments,
 )
-from grpo.plan import Plan, anchor_paths, check_sandbox, load_both_splits, load_split, plan, plan_without_model
+from grpo.plan import Plan, check_sandbox, load_both_splits, load_split, plan, plan_without_model
 from grpo.policy import NUM_MOMENTS
 from grpo.replay import StepReplay
 from grpo.report import write_report
@@ -111,7 +112,7 @@ def train(config: Config) -> Result:
     logger, failed = make_logger(config), True
     with StopSignal() as stop, ExitStack() as stack:
         stack.enter_context(run.held())
-        anchor_paths(checked)
+        anchor_paths(config)
         record = partial(_record, run, _settings_to_keep(config, run), here, objective_card(checked))
         resumed_from = go_back(run, here, config.run.exact) if config.run.resume else None
         if resumed_from is None:  # at once: wherever it ends, it can be gone on with. What goes on is what it was until its first update

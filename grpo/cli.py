@@ -142,7 +142,7 @@ def _train(options: argparse.Namespace) -> int:
         print(to_yaml(compose_recipe(options.recipe, options.overrides)), end="")
         return 0
     elif options.multirun:
-        from grpo.recipe import sweep
+        from grpo.sweep import sweep
 
         sweep(options.recipe, options.overrides, _run)
         return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -380,45 +379,3 @@ def _sandboxed(checked: Plan) -> Iterator[tuple[str, FunctionRef]]:
             yield f"reward.{part.name}", part.ref
     if checked.environment.target == "grpo.rollouts.python_tool.PythonTool":
         yield "environment", checked.environment
-
-
-def anchor_paths(checked: Plan) -> None:
-    """Write absolute paths of the user's files into the configuration, so that a run can be gone on with from anywhere."""
-    config = checked.config
-    if os.path.isdir(os.path.expanduser(config.model.path)):  # else a name on the hub, or what makes a model
-        config.model.path = _anchored(config.model.path, "path")
-    open_nodes: list[tuple[Any, tuple[str, ...]]] = [
-        (config, ("environment", "reward")),
-        (config.model, ("args",)),
-        (config.data, ("problems",)),
-        (config.rollout, ("engine_args",)),
-        (config.algo, ("advantage", "normalise", "ratio", "objective", "correction", "kl", "aggregation")),
-    ]
-    for section, names in open_nodes:
-        for name in names:
-            setattr(section, name, _anchored(getattr(section, name)))
-    if isinstance(path := config.data.problems.get("path"), str):
-        config.data.problems["path"] = _anchored(path, "path")
-
-
-def _anchored(value: Any, name: str = "") -> Any:
-    """``value`` with the files and folders in it made absolute, however deep they stand. ``name``: of the argument it is given for."""
-    if isinstance(value, Mapping):
-        return {key: _anchored(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_anchored(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    path, colon, function = value.rpartition(":")
-    if path.endswith(".py") and os.path.isfile(os.path.expanduser(path)):
-        return os.path.realpath(os.path.expanduser(path)) + colon + function
-    return os.path.realpath(os.path.expanduser(value)) if _is_local(value, name) else value
-
-
-def _is_local(text: str, name: str) -> bool:
-    """Whether an argument means a file or folder here. That one exists is not enough: ``train`` may be a split, ``org/name`` on the hub."""
-    there = os.path.expanduser(text)
-    if name == "path":  # of a model or of a data set: whoever loads it looks for this first, and then on the hub
-        return os.path.exists(there)
-    written_as_path = text.startswith(("./", "../", "~/"))
-    return (os.path.isfile(there) and (written_as_path or "/" in text or "." in text)) or (os.path.isdir(there) and written_as_path)

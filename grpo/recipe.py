@@ -5,12 +5,8 @@ After ``load_recipe`` only dataclasses travel.
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib import resources
@@ -18,12 +14,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir, initialize_config_module
-from hydra import main as hydra_main
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -92,7 +86,7 @@ def locate(recipe: str) -> tuple[Path | None, str]:
 def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
     """The composed configuration, types checked by the schema, ranges not yet."""
     folder, name = locate(recipe)
-    replaced, rest = _replacements(overrides)
+    replaced, rest = replacements(overrides)
     prepared = prepare(rest)
     GlobalHydra.instance().clear()
     try:
@@ -139,13 +133,13 @@ def _given(overrides: Sequence[str]) -> set[str]:
     return {override.key_or_group for override in OverridesParser.create().parse_overrides(list(overrides))}
 
 
-def _replacements(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def replacements(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Open nodes that the command line gives anew, and the overrides that are left for Hydra.
 
     ``reward={}``, ``algo.correction={}`` and ``algo.objective.fn=…`` start from nothing: the arguments that a preset had for another
     function would not fit. ``reward.brevity.fn=…`` and ``algo.correction.mask.fn=…`` add an entry beside those that are there.
     """
-    parsed = OverridesParser.create().parse_overrides(_checked_grammar(overrides))
+    parsed = OverridesParser.create().parse_overrides(checked_grammar(overrides))
     whole = [name for name, (default, _) in keys().items() if isinstance(default, dict)]
     chosen = [o.key_or_group for o in parsed if o.key_or_group in groups() and not isinstance(o.value(), dict)]
     single = [name for name in whole if name not in ("algo.correction", "reward")]
@@ -174,12 +168,12 @@ def _replacements(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], 
     return replaced, rest
 
 
-def _checked_grammar(overrides: Sequence[str]) -> list[str]:
+def checked_grammar(overrides: Sequence[str]) -> list[str]:
     try:
         OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise ConfigError(
-            "command line", _first_line(error), "overrides are written key=value; quote special characters: \"key='<value>'\""
+            "command line", first_line(error), "overrides are written key=value; quote special characters: \"key='<value>'\""
         ) from error
     return list(overrides)
 
@@ -200,7 +194,7 @@ def to_config(composed: DictConfig) -> Config:
 
 def prepare(overrides: Sequence[str]) -> list[str]:
     """Check every override's key, and mark new names under open nodes as additions, so that ``reward.brevity.fn=…`` just works."""
-    parsed = OverridesParser.create().parse_overrides(_checked_grammar(overrides))
+    parsed = OverridesParser.create().parse_overrides(checked_grammar(overrides))
     return [_prepare_one(text, override) for text, override in zip(overrides, parsed, strict=True)]
 
 
@@ -219,7 +213,7 @@ def _prepare_one(text: str, override: Override) -> str:
     if key in known and not isinstance(known[key][0], dict):
         return text
     if key in known:
-        return text  # a whole open node: see _replacements
+        return text  # a whole open node: see replacements
     if any(key.startswith(name + ".") for name, (default, _) in known.items() if isinstance(default, dict)):
         return text if text.startswith(("+", "~")) else f"++{text}"
     if any(name.startswith(key + ".") for name in known):
@@ -243,7 +237,7 @@ def translate(error: Exception) -> ConfigError:
     key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
     if match := re.search(r"full_key: (\S+)", f"{error}\n{text}"):
         key = match[1]
-    first = _first_line(text)
+    first = first_line(text)
     if key and " not in " in first:
         return unknown_key(key)
     if match := re.search(r"Could not override '(\w+)'\. No match in the defaults list", text):
@@ -256,7 +250,7 @@ def translate(error: Exception) -> ConfigError:
     return ConfigError(key or "recipe", first, "`grpo recipes show` lists every key with its meaning")
 
 
-def _first_line(error: Any) -> str:
+def first_line(error: Any) -> str:
     lines = [line for line in str(error).strip().splitlines() if not line.endswith("raised while composing config:")]  # says nothing
     return lines[0] if lines else type(error).__name__
 
@@ -316,120 +310,3 @@ def _reward_node(reward: str) -> DictConfig:
         there = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}; or name a function"
         raise ConfigError("--reward", f"there is no reward {reward!r}", there)
     return OmegaConf.create({reward.rpartition(".")[2].rpartition(":")[2]: {"fn": reward}})
-
-
-def sweep(recipe: str, overrides: Sequence[str], job: Callable[[Config], None]) -> None:
-    """Hydra's own ``--multirun``, launchers and sweepers included. Every single value is checked before the first job starts.
-
-    Hydra says which jobs there are; each is then composed as it would be alone, by ``load_recipe``.
-
-    Raises:
-        ConfigError: a value is wrong, two jobs would have one name, or a job found that it cannot work.
-    """
-    _check_names([load_recipe(recipe, *combination) for combination in _single_choices(overrides)])
-    folder, name = locate(recipe)
-    whole = recipe if folder is None else str(folder / f"{name}.yaml")  # a job may be told to run in a folder of its own
-    held_back, told = _of_hydra(overrides)
-    search = [] if folder is None else [f"hydra.searchpath=[{BUILT_IN}]"]
-    quiet = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.sweep.dir=runs/.hydra"]
-
-    def task(_: DictConfig) -> None:
-        hydra = HydraConfig.get()
-        config = load_recipe(whole, *held_back, *hydra.overrides.task)
-        if not config.run.name:
-            label = re.sub(r"[^\w.=,+-]+", "_", hydra.job.override_dirname).replace("++", "")
-            config.run.name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{hydra.job.num}_{label}"[:120]
-        job(config)
-
-    before, sys.argv = sys.argv, ["grpo", "--multirun", *told, *search, *quiet]
-    GlobalHydra.instance().clear()
-    try:
-        with _errors_as_they_are():
-            hydra_main(version_base="1.3", config_path=BUILT_IN if folder is None else str(folder), config_name=name)(task)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError("--multirun", _first_line(error), "hydra/sweeper=… and hydra/launcher=… choose Hydra's plugins") from error
-    finally:
-        sys.argv = before
-
-
-def _check_names(configs: Sequence[Config]) -> None:
-    """Jobs that differ must not share a run folder. An empty name becomes one of the job's own."""
-    seen = set()
-    for run in (config.run for config in configs if config.run.name):
-        place = (run.dir, run.recipe, run.name)
-        if place in seen:
-            remedy = "leave it out, and each gets a name of its own; or make it differ: 'run.name=seed${run.seed}'"
-            raise ConfigError("run.name", f"would be {run.name!r} for several jobs of the sweep", remedy)
-        seen.add(place)
-
-
-def _of_hydra(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(overrides that only ``load_recipe`` can take, those that Hydra is told so that it knows what to sweep and how).
-
-    Hydra could not replace a node; so it is not told that one is given anew. A sweep it must know: there the node is merged with,
-    ``++``, which does no harm, for jobs are not made of what Hydra composes.
-    """
-    parsed = OverridesParser.create().parse_overrides(_checked_grammar(overrides))
-    fixed = [text for text, o in zip(overrides, parsed, strict=True) if not o.is_sweep_override()]
-    _, mergeable = _replacements(fixed)
-    held_back = [text for text in fixed if text not in mergeable]
-    told = [text for text in overrides if text not in held_back]
-    return held_back, [f"++{text}" if _open_node_anew(text) else text for text in prepare(told)]
-
-
-def _open_node_anew(text: str) -> bool:
-    """Whether this is a sweep over whole open nodes: ``algo.correction={},{mask: …}``."""
-    (o,) = OverridesParser.create().parse_overrides([text])
-    if not o.is_sweep_override() or text.startswith(("+", "~")) or not isinstance(keys().get(o.key_or_group, (None,))[0], dict):
-        return False
-    anew = [value.startswith("{") for value in _values(o)]
-    if any(anew) and not all(anew):
-        raise ConfigError(o.key_or_group, "a sweep cannot have names, or null, beside {…}", "write every one as {…}, or sweep twice")
-    return any(anew)
-
-
-@contextmanager
-def _errors_as_they_are() -> Iterator[None]:
-    """Hydra would print a traceback of its own choice and end the process; the command line has words for what a job raises."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before
-
-
-def _single_choices(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """One list of plain overrides for every value of every sweep, the other sweeps at their first value; no list twice."""
-    parsed = OverridesParser.create().parse_overrides(_checked_grammar(overrides))
-    choices = [_values(o) for o in parsed]
-    first = [c[0] for c in choices]
-    yield [_with_value(o, v) for o, v in zip(parsed, first, strict=True)]
-    for i, values in enumerate(choices):
-        for value in values[1:]:
-            row = [*first[:i], value, *first[i + 1 :]]
-            yield [_with_value(o, v) for o, v in zip(parsed, row, strict=True)]
-
-
-def _with_value(override: Override, value: str) -> str:
-    if not override.is_sweep_override():
-        return str(override.input_line)
-    return f"{override.get_key_element()}={value}"
-
-
-def _values(override: Override) -> list[str]:
-    """The values of a sweep as they are written: all of a list or a range, the ends of an interval. Else the one there is."""
-    if not override.is_sweep_override():
-        return [override.get_value_element_as_str()]
-    value = override.value()
-    if isinstance(value, Glob):
-        names = list(value.filter(list(groups().get(override.key_or_group, ()))))
-        if not names:
-            raise ConfigError(override.key_or_group, f"{override.get_value_element_as_str()} matches nothing", "name the choices: a,b,c")
-        return names
-    if isinstance(value, IntervalSweep):
-        return [str(value.start), str(value.end)]
-    return list(override.sweep_string_iterator())

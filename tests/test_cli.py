@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grpo.anchor import anchor_paths
 from grpo.build import train
 from grpo.cli import main
 from grpo.config import Config, ConfigError, keys
-from grpo.plan import anchor_paths, plan
-from grpo.recipe import built_in, compose_recipe, groups, load_recipe, load_run, locate, sweep
+from grpo.plan import plan
+from grpo.recipe import built_in, compose_recipe, groups, load_recipe, load_run, locate
+from grpo.sweep import sweep
 
 # The real command, but its last line of output says whether torch was loaded on the way.
 PROGRAM = "import sys; from grpo.cli import main; code = main(); print(f'torch={\"torch\" in sys.modules}'); sys.exit(code)"
@@ -287,7 +289,8 @@ def test_a_run_can_be_gone_on_with_from_anywhere(tmp_path: Path, tiny_model: str
     rows = "data.problems={fn: ./my_data.py:rows, files: [train.jsonl, ./test.jsonl], adapter: {fn: my_data.py:nothing}, "
     rows += "source: train, name: org/name, note: a.b}"
     config = load_recipe(BUILT_IN, *HARMLESS, *words, rows)
-    anchor_paths(plan(config))
+    plan(config)
+    anchor_paths(config)
     assert config.model.path == str(Path(tiny_model).resolve())
     assert config.rollout.engine_args == {"answer": f"{here}/answers.py:answer"}
     assert config.reward == {"x": {"fn": f"{here}/my_rewards.py:scaled"}}
@@ -309,7 +312,8 @@ def test_a_model_that_is_no_folder_keeps_its_name(path: str, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "name").write_text("a file of the user's")
     config = load_recipe(BUILT_IN, *HARMLESS, f"model.path={path}")
-    anchor_paths(plan(config))
+    plan(config)
+    anchor_paths(config)
     assert config.model.path == path
 
 
