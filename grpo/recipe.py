@@ -1,4 +1,4 @@
-"""Recipes → ``Config``, through Hydra. With ``grpo.cli``, the only place that knows Hydra and OmegaConf.
+"""Recipes → ``Config``, through Hydra. With ``grpo.sweep`` and ``grpo.cli``, the only place that knows Hydra and OmegaConf.
 
 After ``load_recipe`` only dataclasses travel.
 """
