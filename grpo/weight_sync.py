@@ -21,7 +21,7 @@ from grpo.types import Completion, Group, Problem, Request, Rollout, Sampling
 
 _PROMPT = 80  # tokens of a probe's prompt: more than two blocks of a prefix cache (32 tokens on CPUs, 16 on GPUs), which must be dropped
 _PROMPTS, _SAMPLES, _TOKENS = 2, 2, 4
-_GAUGE = 16  # tokens of a prompt of the gauge, which is read at every sync
+_GAUGE, _GAUGE_TOKENS = 8, 2  # tokens of a prompt of the gauge, which is read at every sync, and of an answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +32,11 @@ class Probe:
     sampling: Sampling
 
     @property
-    def gauge(self) -> tuple[Request, ...]:
-        """The same behind the last tokens of their prompts alone: what a difference is measured on costs little and tells as much."""
-        return tuple(replace(request, prompt_ids=request.prompt_ids[-_GAUGE:]) for request in self.requests)
+    def gauge(self) -> Probe:
+        """The same behind the last tokens of their prompts alone, with shorter answers: read at every sync, it must cost little."""
+        requests = (replace(request, prompt_ids=request.prompt_ids[-_GAUGE:]) for request in self.requests)
+        tokens = min(self.sampling.max_new_tokens, _GAUGE_TOKENS)
+        return Probe(requests=tuple(requests), sampling=replace(self.sampling, max_new_tokens=tokens))
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], room: int, temperature: float = 1.0) -> Probe:
@@ -90,7 +92,8 @@ class WeightSync:
             score(weights, ())
             report, self.tested = found.report, True
             self._tell(found)
-        apart = probe_difference(self._engine, lambda answers: logprobs(policy, answers), self._probe.gauge, self._probe.sampling)
+        gauge = self._probe.gauge
+        apart = probe_difference(self._engine, lambda answers: logprobs(policy, answers), gauge.requests, gauge.sampling)
         return report.metrics() | {"sync/probe_logprob_diff": apart}
 
     def _load(self, version: int) -> SyncReport:
