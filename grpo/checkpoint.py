@@ -27,7 +27,7 @@ from grpo.storage import StorageError, storage, sync, write_text
 
 STATE_FILE = "trainer_state.pt"
 CHECKSUM_FILE = "checksums.json"
-FORMAT = 3  # of the state; one with another number was written by another version of this package
+FORMAT = 4  # of the state; one with another number was written by another version of this package
 
 
 def save_model(policy: Policy, folder: Path) -> None:

@@ -50,7 +50,7 @@ class GroupInMaking:
     """The episodes of one problem, and the rollouts that have come of them so far."""
 
     problem: Problem
-    step: int  # whose randomness its completions draw from
+    draw: int | str  # whose randomness its completions draw from: see ``request_seed``
     episodes: Sequence[Episode]
     rollouts: dict[int, Rollout] = field(default_factory=dict)  # by index
 

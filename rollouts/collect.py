@@ -49,14 +49,14 @@ class Groups:
     score_when: ScoreWhen = ScoreWhen.each
     lockstep: bool = False
 
-    def begin(self, problem: Problem, step: int) -> GroupInMaking:
-        """A group of which nothing is there yet."""
-        seed = request_seed(self.seed, step, problem.id)
+    def begin(self, problem: Problem, draw: int | str) -> GroupInMaking:
+        """A group of which nothing is there yet. ``draw``: see ``request_seed``."""
+        seed = request_seed(self.seed, draw, problem.id)
         episodes = [
             Episode(problem, index, seed, self.environment, self.dialogue, self.sampling.max_new_tokens)
             for index in range(self.completions_per_problem)
         ]
-        return GroupInMaking(problem=problem, step=step, episodes=episodes)
+        return GroupInMaking(problem=problem, draw=draw, episodes=episodes)
 
     def assembly(self) -> Assembly:
         return Assembly(self.runtime, self.weights, score_when=self.score_when, lockstep=self.lockstep)
@@ -145,7 +145,13 @@ def collect(
     return tuple(group.group() for group in begun), {"generate": sampled - start, "reward": time.monotonic() - sampled}
 
 
-def request_seed(seed: int, step: int, problem_id: str) -> int:
-    """63 bits that depend on the run's seed, the step and the problem alone, in every process and on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{problem_id}".encode(), digest_size=8).digest()
+def request_seed(seed: int, draw: int | str, problem_id: str) -> int:
+    """63 bits that depend on these three alone, in every process and on every machine.
+
+    Args:
+        seed: the run's.
+        draw: tells how often the problem was drawn before: the step it was drawn for, or, where sampling runs ahead of steps, the place
+            in the data it was drawn from.
+    """
+    digest = hashlib.blake2b(f"{seed}/{draw}/{problem_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -33,7 +33,6 @@ class _InHand:
     """What a state is made of; one value, so that an interruption finds all of it old or all of it new."""
 
     groups: tuple[GroupInMaking, ...] = ()  # begun and not yet trained on, in order: first those that were taken
-    count: int = 0  # groups begun since the run's start
     position: int  # in the data, behind all that was begun
 
 
@@ -195,8 +194,9 @@ class PacedCollector:
         begun, missing = self._begun, min(wanted, len(self._source.problems)) - len(self._under_way)
         if missing > 0:
             problems = self._source.take(missing, {group.problem.id for group in begun.groups})
-            more = [self._groups.begin(problem, 1 + number // self._batch) for number, problem in enumerate(problems, begun.count)]
-            self._begun = _InHand(groups=(*begun.groups, *more), count=begun.count + len(more), position=self._source.position)
+            # What is sampled ahead has no step yet. A place in the data comes once in a run, whatever becomes of its pace.
+            more = [self._groups.begin(problem, f"place {place}") for place, problem in enumerate(problems, begun.position)]
+            self._begun = _InHand(groups=(*begun.groups, *more), position=self._source.position)
             fresh += more
         self._assembly.open(fresh)
 
@@ -207,7 +207,7 @@ class PacedCollector:
         with self._paused(), self._assembly.still():  # also when something has failed: what there is can be saved
             groups = [saved(group) for group in self._under_way]
         pace = {"batch": self._batch, "max_staleness": self._max_staleness}
-        return {"position": self._begun.position, "begun": self._begun.count, "groups": groups, "pace": pace}
+        return {"position": self._begun.position, "groups": groups, "pace": pace}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; before the first ``take``.
@@ -221,14 +221,13 @@ class PacedCollector:
             if plain["problem"] not in by_id:
                 what = f"no longer have problem {plain['problem']!r}, of which this run has begun a group"
                 raise ConfigError("data.problems", what, "leave the data as they were")
-            group = self._groups.begin(by_id[plain["problem"]], plain["step"])
+            group = self._groups.begin(by_id[plain["problem"]], plain["draw"])
             put_back(group, plain)
             groups.append(group)
         if groups:
             self._check_pace(len(groups), state["pace"])
         self._source.position = state["position"]
-        # a run that has sampled on-policy until now has nothing under way
-        self._begun = _InHand(groups=tuple(groups), count=state.get("begun", 0), position=state["position"])
+        self._begun = _InHand(groups=tuple(groups), position=state["position"])
         self._restored = groups
 
     def _check_pace(self, groups: int, before: Mapping[str, int]) -> None:

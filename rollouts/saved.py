@@ -21,7 +21,7 @@ def saved(group: GroupInMaking) -> dict[str, Any]:
     open_ones = [episode for episode in group.episodes if episode.index not in scored]
     return {
         "problem": group.problem.id,
-        "step": group.step,
+        "draw": group.draw,
         "rollouts": {
             index: {
                 "completion": _plain(rollout.completion),

@@ -311,6 +311,32 @@ def test_a_small_data_set_is_never_begun_twice_at_once() -> None:
         assert len({group.problem.id for group in batch}) == len(batch) == 2
 
 
+def test_no_two_draws_of_a_problem_share_their_randomness() -> None:
+    """Few problems, groups that are replaced within a step, resumed from on-policy and then with a larger batch: the seeds stay apart."""
+    drawn: list[tuple[str, int | str]] = []  # of every group that was trained on, or replaced
+
+    def train(collector: PacedCollector, steps: Sequence[int], batch: int) -> None:
+        for step in steps:
+            for rounds in range(1 + step % 2):
+                wanted = collector.take(batch - rounds, [g.problem.id for g in collector._under_way[: collector._num_taken]])
+                collector.collect(wanted, step)
+            drawn.extend((group.problem.id, group.draw) for group in collector._under_way[: collector._num_taken])
+            collector.used()
+
+    strict = Collector(groups=groups_of(TokenEngine(), Lengths()), source=ProblemSource(problems(6), 0))
+    for step in (1, 2, 3):
+        drawn += [(group.problem.id, step) for group in strict.collect(strict.take(3), step)]
+        strict.used()
+    state = strict.state()
+    for steps, k, batch in ((range(4, 14), 1, 3), (range(14, 24), 1, 4)):
+        with closing(paced(TokenEngine(), Lengths(), k, batch=batch, count=6)) as collector:
+            collector.load_state(state)
+            train(collector, steps, batch)
+            state = collector.state()
+    seeds = {request_seed(0, draw, problem) for problem, draw in drawn}
+    assert len(drawn) > 70 and len(seeds) == len(drawn)
+
+
 def test_staleness_below_one_is_the_other_collector() -> None:
     with pytest.raises(ValueError, match="max_staleness is 0"):
         paced(TokenEngine(), Lengths(), 0)
@@ -564,7 +590,7 @@ class Dialogue:
 problem = Problem(id="p", prompt="?", answer="")
 episodes = [Episode(problem, index, 0, Hangs, Dialogue(), 10) for index in range(20)]
 with Assembly(None, {}) as assembly:
-    assembly.open([GroupInMaking(problem=problem, step=1, episodes=episodes)])
+    assembly.open([GroupInMaking(problem=problem, draw=1, episodes=episodes)])
     assert hangs.wait(20) and not assembly.feed(True)
     raise KeyboardInterrupt
 """
