@@ -1,7 +1,8 @@
 """The reward of verifiers' tasks (https://github.com/PrimeIntellect-ai/verifiers): the task scores the conversation itself.
 
 Works for tasks that are one question and one reply, judged by the conversation alone. Tasks that need more – a container, tool
-servers, a harness that calls the model – are refused by ``check_task``: verifiers runs those itself, around a model that it calls.
+servers, hooks around the conversation – are refused by ``check_task``: verifiers runs those itself, in
+``grpo.rollouts.verifiers_episodes``.
 """
 
 from __future__ import annotations
@@ -34,16 +35,43 @@ async def score(completion: Completion, problem: Problem) -> Score:
     Thought before ``</think>`` is the reply's reasoning, what follows it its content, as a server with a reasoning parser hands them over.
     """
     _check()
+    task = task_of(problem)
+    if reason := check_task(task):
+        raise ValueError(f"{reason}; with environment=verifiers the task itself judges, and reward=verifiers is left out")
+    trace = _trace(task, completion, problem)
+    await task.score(trace)
+    said = {name: None if reward is None else reward.score for name, reward in trace.rewards.items()} | dict(trace.metrics)
+    return Score(value=float(trace.reward), detail=", ".join(f"{name} {value}" for name, value in said.items()))
+
+
+def task_of(problem: Problem) -> Any:
+    """The task that the problem is.
+
+    Raises:
+        ValueError: it is none of verifiers'.
+    """
     made_by = problem.columns.get(COLUMN)
     if not isinstance(made_by, Mapping):
         raise ValueError(f"problem {problem.id!r} has no column {COLUMN!r}; take the data from grpo.data_verifiers.verifiers_tasks")
     found = taskset(made_by["taskset"], made_by["settings"])
     kind = type(found).task_type()
-    task = kind(kind.data_type().model_validate(made_by["task"]), found.config.task)
-    trace = _trace(task, completion, problem)
-    await task.score(trace)
-    said = {name: None if reward is None else reward.score for name, reward in trace.rewards.items()} | dict(trace.metrics)
-    return Score(value=float(trace.reward), detail=", ".join(f"{name} {value}" for name, value in said.items()))
+    return kind(kind.data_type().model_validate(made_by["task"]), found.config.task)
+
+
+def roles_of(name: str) -> tuple[str, ...]:
+    """What a taskset calls the agents that act in a rollout of it."""
+    from verifiers.v1 import AgentConfig
+    from verifiers.v1.utils.loaders import env_config_type
+
+    return tuple(role for role, field in env_config_type(name).model_fields.items() if isinstance(field.default, AgentConfig))
+
+
+def has_own_env(name: str) -> bool:
+    """Whether a taskset says itself how a rollout goes, and judges it."""
+    from verifiers.v1.envs.single_agent import SingleAgentEnv
+    from verifiers.v1.utils.loaders import environment_class
+
+    return environment_class(name) is not SingleAgentEnv
 
 
 def taskset(name: str, settings: Mapping[str, Any]) -> Any:
@@ -86,6 +114,13 @@ def _needs_runtime(function: Any) -> bool:
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
+def parts_of(text: str, opened: bool) -> tuple[str, str]:
+    """The thought before ``</think>`` and what is said behind it. ``opened``: the text begins inside a thought."""
+    final = final_part(text, opened)
+    thought = text if final is None else text.removesuffix(final)
+    return thought.removesuffix("</think>").strip().removeprefix("<think>").strip(), final or ""
+
+
 def _trace(task: Any, completion: Completion, problem: Problem) -> Any:
     """The conversation as verifiers would have recorded it."""
     import verifiers.v1 as vf
@@ -96,10 +131,8 @@ def _trace(task: Any, completion: Completion, problem: Problem) -> Any:
     data = task.data
     asked = [vf.UserMessage(content=data.prompt)] if isinstance(data.prompt, str) else list(data.prompt or [])
     system = [vf.SystemMessage(content=data.system_prompt)] if data.system_prompt else []
-    final = final_part(completion.text, opened=begins_in_thought(problem))
-    thought = completion.text if final is None else completion.text.removesuffix(final)
-    thought = thought.removesuffix("</think>").strip().removeprefix("<think>").strip()
-    reply = vf.AssistantMessage(content=final or "", reasoning_content=thought or None)
+    thought, said = parts_of(completion.text, begins_in_thought(problem))
+    reply = vf.AssistantMessage(content=said, reasoning_content=thought or None)
     messages = [*system, *asked, reply]
     nodes = [
         MessageNode(parent=i - 1 if i else None, message=message, sampled=message is reply) for i, message in enumerate(messages)

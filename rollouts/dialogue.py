@@ -6,14 +6,17 @@ In a template that is found by rendering a conversation with a placeholder for t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from grpo.config import ConfigError
 from grpo.rollouts.environments import Message
 from grpo.types import Completion
 
-TEXT, TOOL = "text", "tool"  # roles that mean something here; all others are the template's affair
+TEXT, TOOL, TOOLS = "text", "tool", "tools"  # roles that mean something here; all others are the template's affair
 
 _TURN = "⟨the policy's turn⟩"
 _QUESTION = {"role": "user", "content": "?"}  # some templates refuse a conversation that begins with an answer
@@ -45,9 +48,10 @@ class PlainText:
             return message.content
         if message.role == TOOL:
             return f"\n<output>\n{harmless(message.content, self._tokenizer)}\n</output>\n"
-        raise ValueError(
-            f"the environment wrote a message of role {message.role!r}, which plain text has no form for\n"
-            "  → data.chat=true uses the model's chat template; in plain text, a message has the role text or tool"
+        raise ConfigError(
+            "data.chat",
+            f"is false, and the environment wrote a message of role {message.role!r}, which plain text has no form for",
+            "data.chat=true uses the model's chat template; in plain text, a message has the role text or tool",
         )
 
 
@@ -73,7 +77,13 @@ class ChatTemplate:
     def opening(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if _all_text(messages):
             return self._raw.opening(messages)
-        return self._encode(self._render([{"role": message.role, "content": message.content} for message in messages]))
+        tools = [tool for message in messages if message.role == TOOLS for tool in json.loads(message.content)]
+        said = [{"role": message.role, "content": message.content} for message in messages if message.role != TOOLS]
+        text = self._render(said, tools)
+        if tools and text == self._render(said):
+            what = "its chat template does not show tools, and the environment has some"
+            raise ConfigError("model.path", what, "choose a model that was taught to use tools")
+        return self._encode(text)
 
     def reply(self, messages: Sequence[Message], turn: Completion) -> tuple[int, ...]:
         if _all_text(messages):
@@ -95,8 +105,8 @@ class ChatTemplate:
             )
         return behind
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def _render(self, messages: list[dict[str, str]], tools: Sequence[Any] = ()) -> str:
+        text: str = self._tokenizer.apply_chat_template(messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=True)
         return text
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -108,6 +118,35 @@ def _all_text(messages: Sequence[Message]) -> bool:
     if any(texts) and not all(texts):
         raise ValueError("the environment mixed messages of role text with others in one answer; text stands outside a chat template")
     return all(texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tool call of the policy's: ``Call(name="add", arguments='{"a": 3, "b": 4}')``."""
+
+    name: str
+    arguments: str  # JSON
+
+
+_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+
+
+def called(text: str) -> tuple[str, tuple[Call, ...]]:
+    """What a turn says before its tool calls, and these, written as ``<tool_call>{"name": …, "arguments": …}</tool_call>`` (Hermes, Qwen).
+
+    As vLLM's parser of that name has it: if one of them cannot be read, there is none, and the turn is its text.
+    """
+    try:
+        found = tuple(_call(json.loads(written)) for written in _CALL.findall(text))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return text, ()
+    return (text.partition("<tool_call>")[0] if found else text), found
+
+
+def _call(written: Any) -> Call:
+    name, arguments = written["name"], json.dumps(written["arguments"], ensure_ascii=False)
+    (name + arguments).encode()  # half a surrogate pair is JSON, and no text
+    return Call(name, arguments)
 
 
 def harmless(content: str, tokenizer: Any) -> str:

@@ -15,7 +15,12 @@ from grpo.types import Completion, Problem, Score
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """``Message("user", "What is 3 + 4?")``. The role ``text`` stands for text that goes to the model as it is, without a chat template."""
+    """``Message("user", "What is 3 + 4?")``. The role ``text`` stands for text that goes to the model as it is, without a chat template.
+
+    A message of role ``tools`` may stand among the first messages: a JSON list of what the policy may call, as chat completions have it
+    (``[{"type": "function", "function": {"name": …, "description": …, "parameters": …}}]``). The chat template says how it looks.
+    ``grpo.rollouts.dialogue.called`` finds the calls in a turn.
+    """
 
     role: str
     content: str
@@ -41,6 +46,7 @@ class Environment(Protocol):
     ``score_names``  what its scores are called, all of them; ``environment.weights`` may then name no other.
     ``stop``       strings that ``rollout.stop`` must hold, so that the policy stops where it wants an answer.
     ``cut_off()``  called, and returning ``Done``, when a limit ends the rollout before the environment did.
+    ``cut_short(completion)``  the same, where the limit came in the middle of a turn: that turn, which ``step`` never sees.
     ``close_shared()``  of the class, without arguments: called when the run ends, for what all its instances share.
     """
 

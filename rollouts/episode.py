@@ -124,7 +124,7 @@ class Episode:
                 if len(tokens) < self._num_left and self.num_turns < getattr(self._environment, "max_turns", MAX_TURNS):
                     self._pieces.append(_Piece.of_environment(tokens, answer, after=turn))
                     return False
-            return self._end(FinishReason.length, self._ask(_cut_off).scores)
+            return self._end(FinishReason.length, self._ask(lambda environment: _cut_off(environment, turn)).scores)
         except _Failed as failure:
             return self._end(turn.finish_reason, {FAILURE: failure.score})
 
@@ -311,6 +311,8 @@ def _messages(answer: Any) -> Sequence[Message]:
     raise TypeError(f"the environment returned {answer!r:.200}; it returns a list of one or more Message, or, from step, Done")
 
 
-def _cut_off(environment: Environment) -> _Verdict:
+def _cut_off(environment: Environment, turn: Completion) -> _Verdict:
+    if turn.truncated and (tell := getattr(environment, "cut_short", None)) is not None:
+        return _Verdict.of(tell(turn))
     ask: Callable[[], Done] | None = getattr(environment, "cut_off", None)
     return _Verdict({}) if ask is None else _Verdict.of(ask())

@@ -170,8 +170,11 @@ def test_a_taskset_is_data_and_reward(tasksets: Path) -> None:
 def test_a_task_that_needs_more_than_the_conversation_is_refused(tasksets: Path) -> None:
     from grpo.data_verifiers import verifiers_tasks
 
-    with pytest.raises(ConfigError, match="cannot be scored by the conversation alone: correct looks into its runtime"):
+    with pytest.raises(ConfigError, match=r"by the conversation alone: correct looks into its runtime\n  → .* environment=verifiers"):
         verifiers_tasks("train", taskset="boxed-sums")
+    found = problems(verifiers_tasks, "train", taskset="boxed-sums", size=1, heldout=1, in_environment=True)
+    (judged,) = scores("grpo.rewards.verifiers.score", [("1", found[0])])
+    assert not judged.scored and "correct looks into its runtime; with environment=verifiers the task itself judges" in judged.detail
     with pytest.raises(ConfigError, match=r"'no-such'.*not found"):
         verifiers_tasks("train", taskset="no-such")
     with pytest.raises(ConfigError, match="hihg"):
