@@ -34,6 +34,7 @@ class Born:
     pid: int
     node: str  # ray's id of the machine it is on
     slots: int
+    context_length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,8 @@ class EngineActor:
         import ray
 
         self._engine = factory(**kwargs)
-        return Born(os.getpid(), ray.get_runtime_context().get_node_id(), self._engine.slots)
+        node = ray.get_runtime_context().get_node_id()
+        return Born(os.getpid(), node, self._engine.slots, self._engine.context_length)
 
     def serve(self, call: int, sampling: Sampling, jobs: Sequence[Job], exact: bool) -> Look:
         """Sample ``jobs``, then what ``bring`` brings until it brings a ``Close``; ``exact``: these alone, and remember nothing before."""

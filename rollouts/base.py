@@ -129,6 +129,11 @@ class SyncReport:
 class Engine(Protocol):
     """One contract for vLLM, transformers, the scripted engine and pools of them; ``tests/test_engines.py`` runs it over all."""
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its completion may have together."""
+        ...
+
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
         """Work through a feed until it closes. Yields after every step whatever that step finished: mostly nothing.
 
@@ -216,6 +221,11 @@ class ServedEngine(Serving):
     def slots(self) -> int:
         """Completions it samples at the same time: a pool does not leave more than these waiting with it."""
         return 1
+
+    @property
+    def context_length(self) -> int:
+        """See ``Engine``; as good as none where no model has a limit."""
+        return 1 << 31
 
     @abstractmethod
     def load_weights(self, weights: Weights, version: int) -> SyncReport:

@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from grpo.rollouts.actor import Born, Look
@@ -257,7 +258,8 @@ class Fleet:
         if slot.state is State.starting:
             why = f"it has not started after {self._start_timeout:g} s (start_timeout of EnginePool)"
         if slot.born is not None and slot.born.node == ray.get_runtime_context().get_node_id():
-            os.kill(slot.born.pid, signal.SIGKILL)  # a stopped process does not hear ray
+            with suppress(ProcessLookupError):  # it may have died by itself just now
+                os.kill(slot.born.pid, signal.SIGKILL)  # a stopped process does not hear ray
         self._lost(slot, why)
 
 

@@ -79,10 +79,13 @@ class HFEngine(ServedEngine):
     def slots(self) -> int:
         return self._batch_size
 
+    @property
+    def context_length(self) -> int:
+        return getattr(self._running.config, "max_position_embeddings", None) or 2**31
+
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
         if self._asleep:
             raise Asleep
-        limit = getattr(self._running.config, "max_position_embeddings", None) or 2**31
         waiting: deque[Job] = deque()
         batch: _Batch | None = None
         more = True
@@ -96,7 +99,7 @@ class HFEngine(ServedEngine):
             if isinstance(coming, Close):
                 more = False
             else:
-                check_lengths(coming, sampling, limit)
+                check_lengths(coming, sampling, self.context_length)
                 waiting.extend(coming)
             if batch is None and waiting:
                 drafts = [self._draft(waiting.popleft(), sampling) for _ in range(min(self._batch_size, len(waiting)))]

@@ -134,6 +134,7 @@ class EnginePool(Serving):
             max_restarts=max_restarts,
             restart_window=restart_window,
         )
+        self.context_length = min(slot.born.context_length for slot in self._fleet.slots if slot.born is not None)
 
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
         """See ``Engine``. Ctrl-C, or closing the iterator, stops all engines within a second; they stay usable.

@@ -30,9 +30,6 @@ from grpo.types import Completion, FinishReason, Sampling
 Answer = Callable[[str, int, int], str]  # (text of the prompt, index of the completion, seed of the request) → its text
 
 
-_LONGEST = 1 << 31  # tokens of prompt and answer: there is no model to have a limit
-
-
 def plausible_answer(prompt: str, index: int, seed: int) -> str:
     """A completion in the R1 format, whose answer is a small number that depends on seed and index."""
     return f" <think> Let me see. </think> <answer> {(seed + 7 * index) % 20} </answer>"
@@ -79,7 +76,7 @@ class ScriptedEngine(ServedEngine):
             if isinstance(coming, Close):
                 more = False
             else:
-                check_lengths(coming, sampling, _LONGEST)
+                check_lengths(coming, sampling, self.context_length)
                 waiting.extend(coming)
             while waiting and len(running) < self.slots:
                 running.append(self._recital(waiting.popleft(), sampling))

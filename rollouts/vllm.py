@@ -117,11 +117,15 @@ class VLLMEngine(ServedEngine):
         slots: int = self._running.llm_engine.vllm_config.scheduler_config.max_num_seqs
         return slots
 
+    @property
+    def context_length(self) -> int:
+        length: int = self._running.model_config.max_model_len
+        return length
+
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
         if self._asleep:
             raise Asleep
         engine = self._running.llm_engine
-        longest = self._running.model_config.max_model_len
         if sampling.truncates and self._on_cpu and not self._one_worker:
             raise ValueError(
                 "top_p, top_k and min_p need vLLM's worker in this process: from another, the tokens they keep do not come back\n"
@@ -138,7 +142,7 @@ class VLLMEngine(ServedEngine):
                 if isinstance(coming, Close):
                     more = False
                 else:
-                    check_lengths(coming, sampling, longest)
+                    check_lengths(coming, sampling, self.context_length)
                     for job in coming:
                         running[str(job.number)] = self._add(job, sampling)
                 outputs = engine.step() if running else []

@@ -165,6 +165,18 @@ def test_an_empty_prompt_is_refused_in_words(engine: Engine, tokenizer: Any) -> 
     assert len(engine.generate(requests_for(tokenizer), SHORT)) == 12, "and it goes on"
 
 
+def test_what_fits_is_sampled_and_one_token_more_is_refused(modelled: Engine, tokenizer: Any) -> None:
+    room = modelled.context_length
+    assert room < 10_000, "a tiny model's"
+    for more, sampling in ((0, Sampling(max_new_tokens=4)), (1, Sampling(max_new_tokens=5))):
+        request = Request(problem_id="long", prompt_ids=(5,) * (room - 4), num_completions=1, seed=0)
+        if more:
+            with pytest.raises(ValueError, match=rf"'long': a prompt of {room - 4} tokens and max_new_tokens=5 do not fit in the {room} "):
+                modelled.generate([request], sampling)
+        else:
+            assert 1 <= len(modelled.generate([request], sampling)[0].token_ids) <= 4
+
+
 def test_every_token_carries_the_version_of_its_weights(engine: Engine, tokenizer: Any, tiny_model: str) -> None:
     requests, weights = requests_for(tokenizer), weights_of(tiny_model)
     for version in (3, 8):
