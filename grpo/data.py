@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from typing import Any
 
 from grpo.config import ConfigError
 from grpo.types import Problem
+
+_BEGINNING = 16  # tokens that a tokenizer may put before a text; one or two are usual
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 Row = Mapping[str, Any]
 
@@ -139,12 +143,19 @@ class PromptFormat:
                     key, f"row {number} of the {split} split has no column {column!r}", f"its columns are: {', '.join(map(str, row))}"
                 )
         prompt = _fill(self.template, row, split, number) if self.template else str(row[self.prompt_key])
-        return Problem(
-            id=str(row.get("id", f"{split}/{number}")),
+        own = row.get("id")
+        found = Problem(
+            id=f"{split}/{number}" if own is None else str(own),
             prompt=self.chat(prompt) if self.chat else prompt,
+            question=prompt,
             answer=str(row[self.answer_key]),
             columns=dict(row),
         )
+        for name in ("id", "prompt", "answer"):
+            if lone := _LONE_SURROGATE.search(getattr(found, name)):
+                what = f"the {name} of row {number} of the {split} split holds half a character, {lone[0]!r}, which no tokenizer takes"
+                raise ConfigError("data.problems", what, "repair it where the row comes from, or take it out")
+        return found
 
 
 def _fill(template: str, row: Row, split: str, number: int) -> str:
@@ -171,6 +182,35 @@ def load_problems(rows: Sequence[Row], split: str, prompt_format: PromptFormat) 
             "data.problems", f"two rows of the {split} split have the id {twice!r}", "make the column `id` unique, or leave it out"
         )
     return problems
+
+
+def check_prompts(problems: Sequence[Problem], split: str, num_tokens: Callable[[str], int], room: int, max_new_tokens: int) -> None:
+    """Rows that no engine can sample: an error at the start, not in the step that comes to them.
+
+    Args:
+        num_tokens: of a prompt.
+        room: tokens that an engine has for a prompt and its completion together.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    unfit = []
+    for problem in problems:
+        # A token is a byte or more, but for those that a tokenizer begins a text with: few prompts need be looked at closely.
+        if problem.prompt.strip() and len(problem.prompt.encode()) + _BEGINNING + max_new_tokens <= room:
+            continue
+        length = num_tokens(problem.prompt)
+        if not length or length + max_new_tokens > room:
+            unfit.append(f"{problem.id!r} ({length:,} tokens)")
+    if unfit:
+        raise ConfigError(
+            "data.problems",
+            f"{len(unfit)} of {len(problems)} prompts of the {split} split are empty, or do not fit, with "
+            f"rollout.max_new_tokens={max_new_tokens}, in the {room:,} tokens of the engine: "
+            + ", ".join(unfit[:5])
+            + (", …" if unfit[5:] else ""),
+            "take these rows out or shorten them, lower rollout.max_new_tokens, or raise max_model_len in rollout.engine_args",
+        )
 
 
 def check_disjoint(train: Sequence[Problem], heldout: Sequence[Problem]) -> None:

@@ -19,6 +19,7 @@ from grpo.losses import Loss, TokenScores
 from grpo.models import check_model
 from grpo.objectives import Objective
 from grpo.rewards.base import RewardPart, parse_reward_config
+from grpo.rollouts.guard import FAILURE, EnvironmentFailed, Guarded, at_once
 from grpo.toy import toy_group
 from grpo.types import Problem
 
@@ -203,29 +204,60 @@ def _environment_node(config: Config) -> tuple[dict[str, Any], dict[str, float]]
 
 
 def check_environment(made: Plan) -> None:
-    """One environment is made, as each rollout will make one.
+    """One environment is made, as each rollout will make one, and closed.
 
     Raises:
-        ConfigError: it cannot be made, is none, lacks a score that has a weight, or needs a stop string that the recipe does not set.
+        ConfigError: it cannot be made, is none, or does not go with the rest of the recipe.
     """
-    target, stop = made.environment.target, made.config.rollout.stop
+    target, make = made.environment.target, made.environment.load()
     try:
-        environment = made.environment.load()()
-    except Exception as error:  # the user's code: anything
-        what = f"{target} cannot be made: {type(error).__name__}: {error}"
-        raise ConfigError("environment", what, "correct its arguments; docs/rollouts.md says what the built-in ones take") from error
+        guarded = Guarded(make)
+    except EnvironmentFailed as failure:
+        what = f"{target} cannot be made: {failure}"
+        raise ConfigError("environment", what, "correct its arguments; docs/rollouts.md says what the built-in ones take") from failure
+    environment = guarded.itself
     if missing := [name for name in ("start", "step") if not callable(getattr(environment, name, None))]:
         raise ConfigError("environment.fn", f"{target} makes something without {' and '.join(missing)}", "see docs/extending.md")
+    try:
+        at_once(make), guarded.max_turns, guarded.timeout_s
+    except (EnvironmentFailed, ValueError) as error:
+        raise ConfigError("environment.fn", f"{target} cannot be used: {error}", "see docs/extending.md") from error
+    _check_scores(made, environment)
+    _check_needs(made, environment)
+    try:
+        guarded.close()
+    except EnvironmentFailed as failure:
+        raise ConfigError("environment.fn", f"close() of {target} failed, before anything was asked of it: {failure}") from failure
+
+
+def _check_scores(made: Plan, environment: Any) -> None:
+    """The names of its scores, as far as they are known: each of those that have a weight is one, and none is anything else's."""
+    target, parts = made.environment.target, [part.name for part in made.rewards]
     names = getattr(environment, "score_names", made.environment_weights)
+    for key, taken in (("reward", parts), ("environment.weights", made.environment_weights), ("environment.fn", names)):
+        if FAILURE in taken:
+            where = key if key == "environment.fn" else f"{key}.{FAILURE}"
+            what = f"{FAILURE!r} cannot be the name of a score: an environment's failures are kept under it"
+            raise ConfigError(where, what, "give the score another name")
     if unknown := [name for name in made.environment_weights if name not in names]:
         there = f"it gives {', '.join(names)}" if names else "it gives none; reward parts have their weight beside them, reward.NAME.weight"
         raise ConfigError(f"environment.weights.{unknown[0]}", f"{target} gives no score of this name", there)
+    if twice := [name for name in parts if name in names]:
+        raise ConfigError(f"reward.{twice[0]}", f"{target} gives a score of this name", "give the reward part another name")
+
+
+def _check_needs(made: Plan, environment: Any) -> None:
+    """A stop string, or a chat template, that it cannot do without."""
+    target, stop = made.environment.target, made.config.rollout.stop
     if missing := [wanted for wanted in getattr(environment, "stop", ()) if wanted not in stop]:
         raise ConfigError(
             "rollout.stop",
             f"is {list(stop)!r}, but {target} answers turns that end with {' or '.join(map(repr, missing))}",
             f"set it to {[*stop, *missing]!r}",
         )
+    if getattr(environment, "needs_chat", False) and not made.config.data.chat:
+        what = f"is false, and {target} speaks in roles, for which only a chat template has a form"
+        raise ConfigError("data.chat", what, "set data.chat=true, with a model that has a chat template")
 
 
 def try_loss(made: Plan) -> None:

@@ -41,6 +41,12 @@ class Problem:
     prompt: str  # the whole text the policy sees, template included
     answer: str
     columns: Mapping[str, Any] = field(default_factory=dict)  # every column of the data set, as it stands there
+    # What data.template made of the row: the prompt without the chat template around it, and so the prompt itself where data.chat is false.
+    # Stored rollouts have the prompt alone.
+    question: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "question", self.question or self.prompt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

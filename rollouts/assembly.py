@@ -23,8 +23,7 @@ from grpo.rollouts.hands import Hands
 from grpo.types import Completion, Group, Problem, Rollout, Score
 
 _IDLE = 0.02  # seconds an idle engine is kept waiting for a turn
-_ENVIRONMENTS = 8  # that answer at the same time
-_COME_TO_REST = 5.0  # seconds a checkpoint waits for environments and rewards
+_COME_TO_REST = 5.0  # seconds a checkpoint waits for environments and rewards, and the end of a run for environments to be closed
 
 
 class Scorer(Protocol):
@@ -89,7 +88,7 @@ class Assembly:
         self._serials = itertools.count()
         self._error: BaseException | None = None
         self._left = False
-        self._environments = Hands(_ENVIRONMENTS, "environment")
+        self._environments = Hands("environment")
         self._scorer = threading.Thread(target=self._score, name="rewards", daemon=True)
         self._scorer.start()
 
@@ -98,9 +97,15 @@ class Assembly:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         with self._changed:
-            self._left = True
+            left_before, self._left = self._left, True
+            waiting = [place for together in self._starting for place in together if place.started]
+            given_up = [] if left_before else [*waiting, *self._ready, *self._running.values()]
             self._changed.notify_all()
         self._environments.close()
+        closing = Hands("closing")
+        for place in given_up:
+            closing.submit(place.episode.at_once, place.episode.give_up)
+        closing.finish(_COME_TO_REST)
         if kind is None:
             self._scorer.join()
 
@@ -118,7 +123,7 @@ class Assembly:
             self._starting += [together] if together else []
             self._changed.notify_all()
         for place in together:
-            self._environments.submit(self._start, place)
+            self._environments.submit(place.episode.at_once, self._start, place)
 
     # --- between the engines and the environments ---
 
@@ -157,13 +162,14 @@ class Assembly:
                     self._ready.append(place)
                     continue
                 self._answering += 1
-            self._environments.submit(self._advance, place, result)
+            self._environments.submit(place.episode.at_once, self._advance, place, result)
 
     def _start(self, place: _Place) -> None:
         try:
             place.episode.start()
         except BaseException as error:
             self._fail(error)
+            place.episode.give_up()
             return
         with self._changed:
             place.started = True
@@ -172,12 +178,16 @@ class Assembly:
                 for one in together:
                     (self._ready if one.episode.completion is None else self._over).append(one)
             self._changed.notify_all()
+            left = self._left
+        if left:
+            place.episode.give_up()
 
     def _advance(self, place: _Place, turn: Completion) -> None:
         try:
             over = place.episode.advance(turn)
         except BaseException as error:
             self._fail(error)
+            place.episode.give_up()
             return
         with self._changed:
             self._answering -= 1
@@ -186,6 +196,9 @@ class Assembly:
             else:
                 self._ready.append(place)
             self._changed.notify_all()
+            left = self._left
+        if left:
+            place.episode.give_up()
 
     # --- scores ---
 

@@ -15,7 +15,8 @@ from grpo.types import Completion, Problem, Score
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """``Message("user", "What is 3 + 4?")``. The role ``text`` stands for text that goes to the model as it is, without a chat template.
+    """``Message("user", "What is 3 + 4?")``. The role ``text`` stands for text that goes to the model as it is, without a chat template:
+    what spells a special token is one, so never put a tool's output there.
 
     A message of role ``tools`` may stand among the first messages: a JSON list of what the policy may call, as chat completions have it
     (``[{"type": "function", "function": {"name": …, "description": …, "parameters": …}}]``). The chat template says how it looks.
@@ -37,16 +38,20 @@ class Done:
 
 
 class Environment(Protocol):
-    """One rollout's other side.
+    """One rollout's other side. A further instance is made, and closed, when a run begins, to see whether it can be made.
 
     It may also carry, as attributes:
 
-    ``timeout_s``  seconds that one call of it may take (default ``grpo.rollouts.episode.TIMEOUT_S``); None: it answers at once.
-    ``max_turns``  turns of the policy, after which the rollout counts as cut off (default ``grpo.rollouts.episode.MAX_TURNS``).
+    ``timeout_s``  seconds that one call of it may take (default ``grpo.rollouts.guard.TIMEOUT_S``); None: it answers at once.
+    ``max_turns``  turns of the policy, after which the rollout counts as cut off (default ``grpo.rollouts.guard.MAX_TURNS``).
+    ``at_once``    of the class: calls of all instances that may go on at the same time (default ``grpo.rollouts.guard.AT_ONCE``).
     ``score_names``  what its scores are called, all of them; ``environment.weights`` may then name no other.
     ``stop``       strings that ``rollout.stop`` must hold, so that the policy stops where it wants an answer.
+    ``needs_chat``  True: its messages have roles for which only a chat template has a form (``data.chat=true``).
     ``cut_off()``  called, and returning ``Done``, when a limit ends the rollout before the environment did.
     ``cut_short(completion)``  the same, where the limit came in the middle of a turn: that turn, which ``step`` never sees.
+    ``close()``    called once, when its rollout is over: done, cut off, failed (a call that was given up for its time may still be going
+                   on), or left unfinished at the end of a run, which waits a few seconds for it.
     ``close_shared()``  of the class, without arguments: called when the run ends, for what all its instances share.
     """
 

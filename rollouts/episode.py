@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from grpo.rewards.base import combine, describe, to_score
+from grpo.config import ConfigError
+from grpo.rewards.base import combine
 from grpo.rollouts.base import Begun, Job
-from grpo.rollouts.environments import Done, Environment, Message
+from grpo.rollouts.environments import Environment, Message
+from grpo.rollouts.guard import FAILURE, EnvironmentFailed, Guarded, Verdict, at_once
 from grpo.types import Completion, FinishReason, Outcome, Problem, Request, Rollout, Score
-
-MAX_TURNS = 32  # of an environment that says nothing else
-TIMEOUT_S = 60.0  # for one call of an environment that says nothing else
-FAILURE = "environment"  # the name under which an environment's failure stands among the scores
-
-_Answer = TypeVar("_Answer")
 
 
 class Dialogue(Protocol):
-    """Messages → tokens."""
+    """Messages → tokens. A ``ConfigError`` ends the run: the recipe is wrong. Whatever else it raises is put down to the messages."""
 
     def opening(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The prompt of the first turn."""
@@ -42,8 +38,8 @@ class Episode:
     """A rollout from its first prompt to its last token.
 
     ``start``, and ``advance`` with the finished turn, may take as long as the environment does; they are not called on the thread that
-    keeps the engines busy. An environment that raises, or takes longer than its ``timeout_s``, ends its rollout, which stays unscored
-    and has the traceback: that is not the policy's fault, and no reason to end a run.
+    keeps the engines busy. An environment that fails (``grpo.rollouts.guard``) ends its rollout, which stays unscored and has the
+    traceback: that is not the policy's fault, and no reason to end a run.
 
     Args:
         index: which rollout of its problem's group.
@@ -61,7 +57,7 @@ class Episode:
         self.completion: Completion | None = None  # the whole, when it is over
         self._seed = seed
         self._make_environment = environment
-        self._environment: Any = None
+        self._environment: Guarded | None = None
         self._dialogue = dialogue
         self._max_new_tokens = max_new_tokens
         self._prompt_ids: tuple[int, ...] = ()
@@ -82,16 +78,20 @@ class Episode:
         """Turns that are finished."""
         return sum(piece.sampled for piece in self._pieces)
 
+    @property
+    def at_once(self) -> int:
+        """How many of such rollouts may be with their environments at the same time."""
+        return at_once(self._make_environment)
+
     def start(self) -> None:
         """Ask the environment for the first prompt. Then there is a turn to be sampled, unless it failed and ``completion`` is there."""
         try:
-            self._environment = _in_time(_timeout_of(self._make_environment), self._make_environment)
-            messages = self._ask(lambda environment: _messages(environment.start(self.problem)))
-        except _Failed as failure:
-            self._prompt_ids = self._dialogue.opening((Message("text", self.problem.prompt),))
+            self._environment = Guarded(self._make_environment)
+            self._prompt_ids = self._opening(self._environment.start(self.problem))
+        except EnvironmentFailed as failure:
+            self._prompt_ids = self._dialogue.opening((_stand_in(self.problem),))
             self._end(FinishReason.stop, {FAILURE: failure.score})
         else:
-            self._prompt_ids = self._dialogue.opening(messages)
             if self._begun_behind not in (None, self._prompt_ids):  # the environment asks something else this time
                 self.begun = Begun()
 
@@ -113,20 +113,27 @@ class Episode:
         on turns, or when its answer leaves no room for another token. An answer that nothing is sampled after is left out altogether:
         nothing could be trained on it.
         """
+        assert self._environment is not None, "started"
         self.begun = Begun()
         self._pieces.append(_Piece.of_turn(turn))
         try:
             if not turn.truncated:
-                answer = self._ask(lambda environment: _answer(environment.step(turn)))
-                if isinstance(answer, _Verdict):
+                answer = self._environment.step(turn)
+                if isinstance(answer, Verdict):
                     return self._end(FinishReason.stop, answer.scores)
-                tokens = self._dialogue.reply(answer, turn)
-                if len(tokens) < self._num_left and self.num_turns < getattr(self._environment, "max_turns", MAX_TURNS):
+                tokens = self._formed(answer, lambda: self._dialogue.reply(answer, turn))
+                if len(tokens) < self._num_left and self.num_turns < self._environment.max_turns:
                     self._pieces.append(_Piece.of_environment(tokens, answer, after=turn))
                     return False
-            return self._end(FinishReason.length, self._ask(lambda environment: _cut_off(environment, turn)).scores)
-        except _Failed as failure:
+            return self._end(FinishReason.length, self._environment.cut_off(turn).scores)
+        except EnvironmentFailed as failure:
             return self._end(turn.finish_reason, {FAILURE: failure.score})
+
+    def give_up(self) -> None:
+        """Nobody will go on with it: its environment is closed, if that is not done yet, whatever comes of it."""
+        if self.completion is None and self._environment is not None:
+            with suppress(EnvironmentFailed):
+                self._environment.close()
 
     def rollout(self, parts: Mapping[str, Score], weights: Mapping[str, float]) -> Rollout:
         """The episode when it is over, with what the reward parts say of it: see ``judged``."""
@@ -138,10 +145,28 @@ class Episode:
         """Tokens that the rollout may still have."""
         return self._max_new_tokens - sum(len(piece.token_ids) for piece in self._pieces)
 
-    def _ask(self, call: Callable[[Environment], _Answer]) -> _Answer:
-        return _in_time(_timeout_of(self._environment), lambda: call(self._environment))
+    def _opening(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        tokens = self._formed(messages, lambda: self._dialogue.opening(messages))
+        if not tokens:
+            raise EnvironmentFailed("what the environment asks first is empty, and a policy needs something to go on from")
+        return tokens
+
+    def _formed(self, messages: Sequence[Message], form: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        """``form()``; what it cannot form are the environment's messages."""
+        _check_templated_once(messages, self.problem)
+        try:
+            return form()
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise EnvironmentFailed.because_of(error) from error
 
     def _end(self, reason: FinishReason, scores: Mapping[str, Score]) -> bool:
+        try:
+            if self._environment is not None:
+                self._environment.close()
+        except EnvironmentFailed as failure:
+            scores = {FAILURE: failure.score, **scores}  # an earlier failure stays
         self.scores = dict(scores)
         self.completion = _joined(self.problem.id, self.index, self._prompt_ids, self._pieces, reason)
         return True
@@ -152,14 +177,16 @@ def judged(
 ) -> Rollout:
     """A rollout with all its scores, and its reward: their weighted sum.
 
-    Unscored if its environment failed, or was done without giving a score that has a weight. Where a limit cut the rollout off before
-    the environment was done, such a score is 0.
+    Unscored if its environment failed, gave a score the name of a reward part, or was done without giving a score that has a weight.
+    Where a limit cut the rollout off before the environment was done, such a score is 0.
 
     Args:
         parts: what the reward parts say.
         own: what the environment says.
         weights: of the reward parts and of the environment's scores; a score without a weight is only kept.
     """
+    if twice := sorted(parts.keys() & own.keys() - {FAILURE}):
+        own = {name: score for name, score in own.items() if name not in twice} | {FAILURE: _named_twice(twice)}
     failed = FAILURE in own and not own[FAILURE].scored
     missing = Score(value=math.nan, outcome=Outcome.error, detail="the environment did not give it")
     if completion.truncated and not failed:
@@ -167,6 +194,31 @@ def judged(
     scores = {**parts, **own}
     scores |= {name: missing for name in weights if name not in scores}
     return Rollout(problem=problem, completion=completion, scores=scores, reward=math.nan if failed else combine(scores, weights))
+
+
+def _named_twice(names: Sequence[str]) -> Score:
+    detail = f"the environment gave a score of the name {', '.join(names)}, which a reward part has already: give one of them another name"
+    return Score(value=math.nan, outcome=Outcome.invalid, detail=detail)
+
+
+def _check_templated_once(messages: Sequence[Message], problem: Problem) -> None:
+    """A prompt that the chat template has made is no message: the template would be around it twice.
+
+    Raises:
+        ConfigError: an environment takes it for one.
+    """
+    twice = [message.role for message in messages if message.role != "text" and problem.prompt in message.content]
+    if twice and problem.prompt != problem.question:
+        raise ConfigError(
+            "environment",
+            f"puts problem.prompt into a message of role {twice[0]!r}, and with data.chat=true it stands in the chat template already",
+            f"Message({twice[0]!r}, problem.question), which is the same without the template; or Message('text', problem.prompt)",
+        )
+
+
+def _stand_in(problem: Problem) -> Message:
+    """The prompt of a rollout whose environment asked nothing: a completion has one."""
+    return Message("text", problem.prompt or "?")
 
 
 def turn_seed(seed: int, turn: int) -> int:
@@ -234,85 +286,3 @@ def _lines(turns: Any) -> str:
     for turn in turns:
         text += ("\n" if text and not text.endswith("\n") else "") + turn
     return text
-
-
-# ---- the environment's side, which may do anything -----------------------------------------------------------------------------
-
-
-class _Failed(Exception):
-    """The environment did, not the policy and not the toolkit."""
-
-    def __init__(self, score: Score) -> None:
-        super().__init__(score.detail)
-        self.score = score
-
-
-def _in_time(seconds: float | None, call: Callable[[], _Answer]) -> _Answer:
-    """``call()``, given up after ``seconds``: a thread cannot be killed, so that one goes on, at its own expense and the machine's.
-
-    Raises:
-        _Failed: it raised, or took longer.
-    """
-    answers: list[_Answer] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            answers.append(call())
-        except BaseException as error:  # SystemExit too: it is the user's code, in a thread that nobody else waits for
-            errors.append(error)
-
-    if seconds is None:
-        run()
-    else:
-        thread = threading.Thread(target=run, name="environment call", daemon=True)
-        thread.start()
-        thread.join(seconds)
-    if errors:
-        detail = describe(errors[0].with_traceback(_from_the_users_line(errors[0])))
-        raise _Failed(Score(value=math.nan, outcome=Outcome.error, detail=detail)) from errors[0]
-    if not answers:
-        detail = f"the environment did not answer in {seconds:g} s (its timeout_s)"
-        raise _Failed(Score(value=math.nan, outcome=Outcome.timeout, detail=detail))
-    return answers[0]
-
-
-def _timeout_of(environment: Any) -> float | None:
-    """Seconds; None for one that answers at once, which needs no thread to be watched from."""
-    timeout = getattr(environment, "timeout_s", TIMEOUT_S)
-    return None if timeout is None else float(timeout)
-
-
-def _from_the_users_line(error: BaseException) -> Any:
-    frames = error.__traceback__
-    while frames is not None and frames.tb_next is not None and frames.tb_frame.f_globals.get("__name__") == __name__:
-        frames = frames.tb_next
-    return frames
-
-
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    """What ``Done`` said, read."""
-
-    scores: Mapping[str, Score]
-
-    @classmethod
-    def of(cls, done: Done) -> _Verdict:
-        return cls({name: to_score(value) for name, value in (done.scores or {}).items()})
-
-
-def _answer(answer: Any) -> Sequence[Message] | _Verdict:
-    return _Verdict.of(answer) if isinstance(answer, Done) else _messages(answer)
-
-
-def _messages(answer: Any) -> Sequence[Message]:
-    if isinstance(answer, (list, tuple)) and answer and all(isinstance(message, Message) for message in answer):
-        return answer
-    raise TypeError(f"the environment returned {answer!r:.200}; it returns a list of one or more Message, or, from step, Done")
-
-
-def _cut_off(environment: Environment, turn: Completion) -> _Verdict:
-    if turn.truncated and (tell := getattr(environment, "cut_short", None)) is not None:
-        return _Verdict.of(tell(turn))
-    ask: Callable[[], Done] | None = getattr(environment, "cut_off", None)
-    return _Verdict({}) if ask is None else _Verdict.of(ask())

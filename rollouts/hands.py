@@ -9,29 +9,36 @@ from typing import Any
 
 
 class Hands:
-    """Makes calls, in the order in which they come, in up to ``count`` daemon threads.
+    """Makes calls, in the order in which they come, in daemon threads.
 
     ``concurrent.futures`` joins its threads when the interpreter exits, so that one call that hangs keeps the whole process. These are
     left behind. What a call raises is its own affair: it must deal with it.
     """
 
-    def __init__(self, count: int, name: str) -> None:
-        self._count, self._name = count, name
-        self._changed = threading.Condition()  # guards all below
+    def __init__(self, name: str) -> None:
+        self._name = name
+        lock = threading.RLock()  # guards all below
+        self._changed, self._returned = threading.Condition(lock), threading.Condition(lock)
         self._calls: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._threads = self._free = 0
         self._closed = False
 
-    def submit(self, call: Callable[..., None], *args: Any) -> None:
-        """Have it called soon; not at all if it has not begun when ``close`` is."""
+    def submit(self, at_once: int, call: Callable[..., None], *args: Any) -> None:
+        """Have it called soon, with up to ``at_once`` calls under way; not at all if it has not begun when ``close`` is called."""
         with self._changed:
             if self._closed:
                 return
             self._calls.append((call, args))
             self._changed.notify()
-            if len(self._calls) > self._free and self._threads < self._count:
+            if len(self._calls) > self._free and self._threads < at_once:
                 self._threads += 1
                 threading.Thread(target=self._work, name=f"{self._name} {self._threads}", daemon=True).start()
+
+    def finish(self, timeout: float) -> None:
+        """Wait until all calls have returned, for ``timeout`` seconds at most; then ``close``."""
+        with self._returned:
+            self._returned.wait_for(lambda: not self._calls and self._free == self._threads, timeout)
+        self.close()
 
     def close(self) -> None:
         """Begin nothing more. What is under way is not waited for."""
@@ -44,6 +51,7 @@ class Hands:
         while True:
             with self._changed:
                 self._free += 1
+                self._returned.notify()
                 self._changed.wait_for(lambda: self._calls or self._closed)
                 self._free -= 1
                 if self._closed:

@@ -64,6 +64,7 @@ class PythonTool:
     """
 
     score_names = ()
+    at_once = usable_cores()  # as many as there are processes that run programs
     timeout_s = 600.0  # programs have a limit of their own; this leaves time to wait for a free process
 
     def __init__(

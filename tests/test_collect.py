@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from grpo.rollouts.environments import Done, Environment, Message, SingleTurn
 from grpo.rollouts.paced import PacedCollector
 from grpo.rollouts.scripted import ScriptedEngine
 from grpo.toy import Characters
-from grpo.types import Completion, Group, Problem, Sampling, Score
+from grpo.types import Completion, FinishReason, Group, Problem, Sampling, Score
 
 SAMPLES = 3
 WEIGHTS = {"length": 1.0}
@@ -158,6 +159,31 @@ def test_an_environment_that_fails_leaves_its_rollout_unscored() -> None:
     found, _ = collect(groups_of(engine, Lengths(), environment=sometimes), problems(3), 1)
     unscored = [r for group in found for r in group.rollouts if not r.scored]
     assert len(unscored) == 3 and all("no such tool" in r.scores["environment"].detail for r in unscored)
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_as_many_environments_are_asked_at_once_as_they_say(count: int) -> None:
+    """12 rollouts, each with a call that goes on only when ``count`` of them have come together."""
+    together, lock = threading.Barrier(count, timeout=20), threading.Lock()
+    under_way = most = 0
+
+    class Waits(SingleTurn):
+        at_once = count
+
+        def step(self, completion: Completion) -> Sequence[Message] | Done:
+            nonlocal under_way, most
+            with lock:
+                under_way += 1
+                most = max(most, under_way)
+            together.wait()
+            time.sleep(0.05)  # for others to come in, if they may
+            with lock:
+                under_way -= 1
+            return Done()
+
+    found, _ = collect(groups_of(TokenEngine(), Lengths(), environment=partial(Waits)), problems(4), 1)
+    check_whole(found, problems(4))
+    assert most == count
 
 
 def test_two_problems_of_one_id_are_refused() -> None:
@@ -565,6 +591,52 @@ def test_scoring_that_nobody_waits_for_is_ended() -> None:
     with pytest.raises(KeyboardInterrupt):
         collect(groups_of(TokenEngine(), Endless()), problems(3), 1, interrupt)
     assert given_up.wait(20)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_is_given_up_is_closed(broken: bool) -> None:
+    """Three rollouts: one that is over, one whose next turn waits for an engine, and one that is with its environment, closed behind it."""
+    closed: list[str] = []
+    let_go, all_closed = threading.Event(), threading.Event()
+
+    class Closes(SingleTurn):
+        def start(self, problem: Problem) -> Sequence[Message]:
+            self.id = problem.id
+            return super().start(problem)
+
+        def step(self, completion: Completion) -> Sequence[Message] | Done:
+            if self.id == "p2":
+                let_go.wait(20)
+            return Done() if self.id == "p0" else (Message("text", "and?"),)
+
+        def close(self) -> None:
+            closed.append(self.id)
+            if len(closed) == 3:
+                all_closed.set()
+            if broken:
+                raise RuntimeError("the door is stuck")
+
+    groups = groups_of(TokenEngine(), Lengths(), environment=Closes, completions_per_problem=1)
+    begun = [groups.begin(problem, 1) for problem in problems(3)]
+    with pytest.raises(KeyboardInterrupt), groups.assembly() as assembly:
+        assembly.open(begun)
+        jobs: Any = ()
+        while not jobs:
+            jobs = assembly.feed(True)
+        assembly.note([(job.number, turn_of(job)) for job in jobs])
+        while assembly.unfinished > 2 or not assembly.sampling:
+            time.sleep(0.002)
+        raise KeyboardInterrupt
+    assert sorted(closed) == ["p0", "p1"]
+    let_go.set()
+    assert all_closed.wait(20) and sorted(closed) == ["p0", "p1", "p2"]
+
+
+def turn_of(job: Job) -> Completion:
+    return Completion(
+        problem_id=job.request.problem_id, index=job.index, prompt_ids=job.request.prompt_ids, token_ids=(1,), text="x", logprobs=(0.0,),
+        policy_versions=(0,), finish_reason=FinishReason.stop,
+    )  # fmt: skip
 
 
 HANGS = """

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo import train
 from grpo.config import ConfigError
-from grpo.data import ProblemSource, PromptFormat, check_disjoint, jsonl, load_problems, sums
+from grpo.data import ProblemSource, PromptFormat, check_disjoint, check_prompts, jsonl, load_problems, sums
+from grpo.recipe import load_recipe
 from grpo.types import Problem
+
+from .tiny_runs import write_recipe
 
 
 def terms_of(row: Any) -> tuple[int, ...]:
@@ -147,6 +152,30 @@ def test_ids_are_unique_and_there_are_rows() -> None:
     assert ids(load_problems([{"question": "a", "answer": "b"}] * 2, "train", PromptFormat())) == ["train/0", "train/1"]
 
 
+def test_a_row_without_an_id_has_its_place_for_one_and_half_a_character_is_an_error() -> None:
+    row = {"question": "a", "answer": "b", "id": None}
+    assert ids(load_problems([row, row], "train", PromptFormat())) == ["train/0", "train/1"]
+    for column, name in (("id", "id"), ("question", "prompt"), ("answer", "answer")):
+        with pytest.raises(ConfigError, match=rf"the {name} of row 1 of the train split holds half a character, '\\ud83d'"):
+            load_problems([row, {**row, column: "x\ud83d"}], "train", PromptFormat())
+
+
+def test_prompts_that_cannot_be_sampled_are_named_before_anything_is() -> None:
+    asked: list[str] = []
+
+    def num_tokens(prompt: str) -> int:  # a character each, and one that every text begins with
+        asked.append(prompt)
+        return len(prompt) + 1 if prompt else 0
+
+    rows = [Problem(id=f"p{i}", prompt="x" * length, answer="") for i, length in enumerate((3, 89, 90, 0, 50, 500))]
+    with pytest.raises(ConfigError) as error:
+        check_prompts(rows, "train", num_tokens, room=100, max_new_tokens=10)  # 89 + 1 + 10 is 100: it fits to the token
+    said = str(error.value)
+    assert "3 of 6 prompts of the train split" in said and "'p2' (91 tokens), 'p3' (0 tokens), 'p5' (501 tokens)" in said
+    assert "x" * 3 not in asked, "three bytes fit, whatever their tokens are"
+    check_prompts([rows[0], rows[1], rows[4]], "train", num_tokens, room=100, max_new_tokens=10)
+
+
 def test_a_heldout_prompt_must_not_be_trained_on() -> None:
     check_disjoint(problems(3), [Problem(id="p0", prompt="other", answer="")])  # ids may be equal, prompts not
     with pytest.raises(ConfigError, match=r"1 of 2 held-out problems are also in the training split, e\.g\. h1"):
@@ -189,3 +218,19 @@ def test_resumed_order_is_the_uninterrupted_one(count: int, sizes: list[int], da
 def test_more_problems_a_step_than_there_are() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.problems_per_step: is 4, but the training split has only 3 problems\n  → lower it"):
         ProblemSource(problems(3), 0).take(4)
+
+
+@pytest.mark.parametrize("engine", ["hf", "scripted"])
+def test_a_run_does_not_start_with_a_row_that_it_could_not_sample(engine: str, tmp_path: Path, tiny_model: str) -> None:
+    """Such a row, reached in the middle of a run, would end it, and every resume of it at once."""
+    rows = [{"question": f"{i} + 1 =", "answer": str(i + 1)} for i in range(30)]
+    rows[17]["question"] = "1" * 9_999 if engine == "hf" else ""  # nothing is too long for the scripted engine
+    for name, some in (("train", rows), ("heldout", [{"question": "99 + 1 =", "answer": "100"}] * 1)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    recipe = Path(write_recipe(tmp_path, tiny_model))
+    nodes = yaml.safe_load(recipe.read_text())
+    nodes["defaults"] = [{"data": "jsonl"} if choice == {"data": "sums"} else choice for choice in nodes["defaults"]]
+    nodes["data"] = {"problems": {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "heldout")}, "template": ""}
+    recipe.write_text(yaml.safe_dump(nodes, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"data\.problems: 1 of 30 prompts of the train split .*'train/17' \([\d,]+ tokens\)\n  → take"):
+        train(load_recipe(str(recipe), f"rollout={engine}"))

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from grpo.config import ConfigError
 from grpo.rollouts.base import Begun, Close, Engine, Job
 from grpo.rollouts.dialogue import PlainText
 from grpo.rollouts.environments import Done, Environment, Message, SingleTurn
-from grpo.rollouts.episode import FAILURE, MAX_TURNS, Dialogue, Episode, turn_seed
+from grpo.rollouts.episode import Dialogue, Episode, turn_seed
+from grpo.rollouts.guard import FAILURE, MAX_TURNS
 from grpo.rollouts.scripted import ScriptedEngine
 from grpo.toy import Characters
 from grpo.types import Completion, FinishReason, Outcome, Problem, Sampling, Score
@@ -293,7 +295,7 @@ def test_an_environment_that_fails_leaves_its_rollout_unscored(
     where: str, how: Callable[[Problem], Any], outcome: Outcome, detail: str
 ) -> None:
     if where == "cut_off" and how is wrong:
-        detail = "'str' object has no attribute 'scores'"
+        detail = "returned 'a text'; at a limit it returns Done"
     one = episode(lambda: Breaks(where, how))
     one.start()
     if where != "start":
@@ -302,10 +304,83 @@ def test_an_environment_that_fails_leaves_its_rollout_unscored(
         assert one.advance(turn_of(one.job(0), "ab", reason=reason))
     failure = one.scores[FAILURE]
     assert not failure.scored and failure.outcome is outcome and detail in failure.detail
-    assert "_in_time" not in failure.detail, "the traceback begins with the author's own line"
+    assert "in_time" not in failure.detail, "the traceback begins with the author's own line"
     assert one.completion is not None and one.completion.text == ("" if where == "start" else "ab")
     rollout = one.rollout({"accuracy": Score(value=1.0)}, {"accuracy": 1.0})
     assert math.isnan(rollout.reward) and rollout.scores["accuracy"].value == 1.0
+
+
+class Odd(Replies):
+    """Asks and answers with what it is given, and has further attributes."""
+
+    def __init__(self, opening: Any = "Q: ", reply: Any = "x", done: Any = None, **attributes: Any) -> None:
+        super().__init__()
+        self.opening, self.reply, self.done = opening, reply, done
+        vars(self).update(attributes)
+
+    def start(self, problem: Problem) -> Sequence[Message]:
+        return (Message("text", self.opening),)
+
+    def step(self, completion: Completion) -> Sequence[Message] | Done:
+        return (Message("text", self.reply),) if self.done is None else Done(self.done)
+
+
+class Limits(Odd):
+    @property
+    def max_turns(self) -> int:
+        raise RuntimeError("nobody knows")
+
+
+@pytest.mark.parametrize(
+    ("make", "detail"),
+    [
+        (lambda: Odd(opening=5), "the content of a message of role 'text' is 5 (int); it must be a str"),
+        (lambda: Odd(opening=""), "what the environment asks first is empty"),
+        (lambda: Odd(reply=None), "the content of a message of role 'text' is None (NoneType); it must be a str"),
+        (lambda: Odd(reply="1\ud83d"), "the content of a message of role 'text' holds half a character, '\\ud83d'"),
+        (lambda: Odd(max_turns=None), "max_turns is None; it must be a whole number of at least 1"),
+        (lambda: Odd(max_turns="3"), "max_turns is '3'; it must be"),
+        (lambda: Limits(), "RuntimeError: nobody knows"),
+        (lambda: Odd(timeout_s="x"), "timeout_s is 'x'; it must be a finite number above 0, or None"),
+        (lambda: Odd(timeout_s=math.inf), "timeout_s is inf; it must be"),
+        (lambda: Odd(timeout_s=0), "timeout_s is 0; it must be"),
+        (lambda: Odd(done=1.0), "Done has the scores 1.0; they are a mapping"),
+        (lambda: Odd(done={3: 1.0}), "the name of a score is 3 (int); it must be a str"),
+        (lambda: Odd(done={"a\ud800": 1.0}), "the name of a score holds half a character"),
+        (lambda: Odd(done={"environment": 1.0}), "called a score 'environment', which is what its failures are called"),
+    ],
+)
+def test_whatever_an_environment_says_wrong_is_its_failure(make: Callable[[], Environment], detail: str) -> None:
+    one = episode(make)
+    one.start()
+    if one.completion is None:
+        assert one.advance(turn_of(one.job(0), "ab"))
+    assert detail in one.scores[FAILURE].detail
+    assert math.isnan(one.rollout({"accuracy": Score(value=1.0)}, {"accuracy": 1.0}).reward)
+
+
+def test_all_the_time_in_the_world_is_a_time() -> None:
+    """More seconds than a thread can be waited for, which is 292 years."""
+    one = episode(lambda: Odd(done={"won": 1.0}, timeout_s=1e12))
+    one.start()
+    assert one.advance(turn_of(one.job(0), "ab")) and one.scores == {"won": Score(value=1.0)}
+
+
+def test_messages_that_have_no_form_are_the_environments_failure() -> None:
+    class Picky(PlainText):
+        def reply(self, messages: Sequence[Message], turn: Completion) -> tuple[int, ...]:
+            raise ValueError("roles must alternate")
+
+    one = episode(lambda: Replies("x"), dialogue=Picky(Characters()))
+    one.start()
+    assert one.advance(turn_of(one.job(0), "ab"))
+    assert "ValueError: roles must alternate" in one.scores[FAILURE].detail
+
+
+def test_a_failure_needs_no_prompt() -> None:
+    one = Episode(replace(PROBLEM, prompt=""), 0, 0, lambda: Breaks("start", raises), PlainText(Characters()), 10)
+    one.start()
+    assert one.completion is not None and "the game server is gone" in one.scores[FAILURE].detail
 
 
 def test_an_environment_that_cannot_be_made_fails_alike() -> None:
@@ -333,7 +408,80 @@ def test_a_role_that_the_dialogue_has_no_form_for_is_the_recipes_mistake() -> No
         episode(Chats).start()
 
 
+class Templated(Replies):
+    def __init__(self, opening: Callable[[Problem], str], role: str = "user") -> None:
+        super().__init__()
+        self.opening, self.role = opening, role
+
+    def start(self, problem: Problem) -> Sequence[Message]:
+        return (Message(self.role, self.opening(problem)),)
+
+
+class Roles(PlainText):
+    """<role>content"""
+
+    def _shown(self, message: Message) -> str:
+        return message.content if message.role == "text" else f"<{message.role}>{message.content}"
+
+
+def test_a_prompt_in_the_chat_template_is_not_put_into_it_again() -> None:
+    problem = Problem(id="p", prompt="<user>1 + 1 =<assistant>", question="1 + 1 =", answer="2")
+
+    def opening(environment: Callable[[], Environment], problem: Problem = problem) -> str:
+        one = Episode(problem, 0, 0, environment, Roles(Characters()), 10)
+        one.start()
+        return "".join(map(chr, one.prompt_ids))
+
+    with pytest.raises(ConfigError, match=r"puts problem\.prompt into a message of role 'user'[^→]*→ Message\('user', problem\.question\)"):
+        opening(lambda: Templated(lambda problem: f"Be brief. {problem.prompt}"))
+    assert opening(lambda: Templated(lambda problem: f"Be brief. {problem.question}")) == "<user>Be brief. 1 + 1 ="
+    assert opening(lambda: Templated(lambda problem: problem.prompt, role="text")) == problem.prompt
+    assert opening(lambda: Templated(lambda problem: problem.prompt), problem=PROBLEM) == "<user>Q: ", "there is no template in this one"
+
+
+# ---------------------------------------------------------------- the end
+
+
+class Closes(Breaks):
+    def __init__(self, where: str = "", how: Callable[[Problem], Any] = raises) -> None:
+        super().__init__(where, how)
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+        if self.where == "close":
+            self.how(PROBLEM)
+
+
+@pytest.mark.parametrize("how", [raises, hangs])
+@pytest.mark.parametrize("where", ["", "start", "step", "cut_off", "close"])
+def test_an_environment_is_closed_once_however_its_rollout_ends(where: str, how: Callable[[Problem], Any]) -> None:
+    environment = Closes(where, how)
+    one = episode(lambda: environment)
+    one.start()
+    while one.completion is None:
+        assert environment.closed == 0
+        reason = FinishReason.length if where == "cut_off" else FinishReason.stop
+        one.advance(turn_of(one.job(0), "ab", reason=reason))
+    assert environment.closed == 1
+    assert (FAILURE in one.scores) == bool(where)
+    rollout = one.rollout({}, {"turns": 1.0})
+    assert rollout.scored == (not where)
+    if where == "close":
+        assert one.scores["turns"].value == 2, "what it said before is kept"
+
+
 # ---------------------------------------------------------------- scores
+
+
+def test_a_score_of_the_environment_does_not_replace_a_reward_part() -> None:
+    """The part says 0; an environment that calls a score of its own the same has made a mistake, and no reward of 1."""
+    one = episode(lambda: Odd(done={"accuracy": 1.0, "won": 0.5}))
+    one.start()
+    one.advance(turn_of(one.job(0), "ab"))
+    rollout = one.rollout({"accuracy": Score(value=0.0)}, {"accuracy": 1.0})
+    assert math.isnan(rollout.reward) and (rollout.scores["accuracy"].value, rollout.scores["won"].value) == (0.0, 0.5)
+    assert "gave a score of the name accuracy, which a reward part has already" in rollout.scores[FAILURE].detail
 
 
 def test_the_environments_scores_are_weighed_beside_the_reward_parts() -> None:

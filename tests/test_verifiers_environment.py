@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -524,6 +525,20 @@ def test_many_at_once_and_then_nothing_is_left(tasksets: Path) -> None:
     assert values(play(problems("toy-guess")[0], ["7"]))["verifiers"] == 1, "the next rollout begins all anew"
 
 
+@needs_verifiers
+def test_a_rollout_that_is_given_up_ends_for_verifiers_too(tasksets: Path) -> None:
+    (problem,) = problems("toy-guess")
+    play(problem, [])  # the loop is there
+    before = set(SERVER._rollouts)
+    episode = play(problem, [])
+    (conversation,) = set(SERVER._rollouts) - before
+    episode.give_up()
+    deadline = time.monotonic() + 20
+    while conversation in SERVER._rollouts:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 # ---------------------------------------------------------------- settings
 
 ANY = ("r1_zero_arithmetic", "environment=verifiers", "data=verifiers", "data.problems.taskset=x")
@@ -558,6 +573,12 @@ def test_wrong_settings_are_found_before_the_run(setting: str, message: str) -> 
     config = load_recipe(*ANY, f"environment.{setting}")
     with pytest.raises(ConfigError, match=message):
         plan_without_model(config)
+
+
+@needs_verifiers
+def test_plain_text_is_refused_before_the_run() -> None:
+    with pytest.raises(ConfigError, match=r"data\.chat: is false, and .*VerifiersTask speaks in roles"):
+        plan_without_model(load_recipe(*ANY, "data.chat=false"))
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

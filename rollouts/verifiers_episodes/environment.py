@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,6 +40,9 @@ class VerifiersTask:
         ValueError: an argument that cannot work.
     """
 
+    at_once = 512  # they wait for verifiers, most of the time
+    needs_chat = True
+
     def __init__(self, max_turns: int = 16, timeout_s: float = 600.0, agent: Mapping[str, Any] | None = None) -> None:
         whole("max_turns", max_turns, least=1)
         number("timeout_s", timeout_s, above=0)
@@ -72,6 +76,12 @@ class VerifiersTask:
     def cut_off(self) -> Done:
         """A limit came between two turns: the model call that waits is refused."""
         return self._end(None)
+
+    def close(self) -> None:
+        """A rollout that is not played to its end, because it failed or is given up, ends for verifiers too: further calls are refused."""
+        if hasattr(self, "_conversation"):  # it was started
+            with contextlib.suppress(RuntimeError):  # verifiers' loop is over already
+                self._conversation.answer(None, last=True)
 
     @staticmethod
     def close_shared() -> None:
