@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -16,13 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from grpo import checkpoint, randomness, replay
+from grpo import checkpoint, config_file, randomness, replay
 from grpo.anchor import anchor_paths
 from grpo.card import objective_card
 from grpo.conditions import check_conditions
-from grpo.config import Config, ConfigError
+from grpo.config import Config, ConfigError, RunConfig
 from grpo.data import ProblemSource
 from grpo.interrupt import StopSignal
 from grpo.loggers import Logger
@@ -32,7 +30,10 @@ from grpo.models import resolve_model
 from grpo.parts import (
     GroupMakers,
     chat_format,
+    check_rows,
     conditions_of,
+    in_chat,
+    inputs_of,
     make_collector,
     make_engine,
     make_learner,
@@ -91,8 +92,7 @@ def dry_run(config: Config) -> str:
     """
     checked = plan(config)
     machine(config)
-    if not config.data.chat:
-        load_both_splits(checked)
+    load_both_splits(checked)
     return objective_card(checked)
 
 
@@ -105,37 +105,42 @@ def train(config: Config) -> Result:
     """
     checked = plan(config)
     where = machine(config)
-    here = environment(conditions_of(config, where))
     check_sandbox(checked)
-    early = None if config.data.chat else load_both_splits(checked)  # a chat template needs the tokenizer, hence the model
+    problems = load_both_splits(checked)
     run = RunFolder.create(Path(config.run.dir), config.run.recipe or "run", config.run.name, resume=config.run.resume)
     logger, failed = make_logger(config), True
     with StopSignal() as stop, ExitStack() as stack:
         stack.enter_context(run.held())
         anchor_paths(config)
+        here = environment(conditions_of(config, where)) | {"inputs": inputs_of(checked, problems)}
         record = partial(_record, run, _settings_to_keep(config, run), here, objective_card(checked))
-        resumed_from = go_back(run, here, config.run.exact) if config.run.resume else None
+        resumed_from = go_back(run, here, config.run) if config.run.resume else None
         if resumed_from is None:  # at once: wherever it ends, it can be gone on with. What goes on is what it was until its first update
             record()
         randomness.seed_all(config.run.seed)
         logger.start(plain(config), run, resumed_from)
         try:
             with stop.anywhere():
-                trainer = assemble(checked, where, early, run, logger, stack, stop)
+                trainer = assemble(checked, where, problems, run, logger, stack, stop)
                 if resumed_from:
                     trainer.restore(resumed_from)
             trainer.train(stop, record)
             failed = False
         finally:
-            rows = run.read_metrics()
-            try:
-                write_report(run)
-            except OSError:
-                if not failed:
-                    raise  # else what ended the run is worth more than the report of it
-            finally:
-                logger.finish({"headline": headline(rows)}, failed=failed)
+            rows = reported(run)
+            logger.finish({"headline": headline(rows)}, failed=failed)
     return Result(run=run, headline=headline(rows))
+
+
+def reported(run: RunFolder) -> list[dict[str, float]]:
+    """Write the report, and give the metrics. It is the last thing of a run: what fails here neither fails it nor hides why it failed."""
+    try:
+        rows = run.read_metrics()
+        write_report(run)
+    except Exception as error:
+        warnings.warn(f"the report could not be written: {error}", stacklevel=2)
+        return []
+    return rows
 
 
 def _settings_to_keep(config: Config, run: RunFolder) -> dict[str, Any]:
@@ -143,8 +148,8 @@ def _settings_to_keep(config: Config, run: RunFolder) -> dict[str, Any]:
     settings = plain(config)
     if config.run.resume and not config.run.exact:
         try:
-            settings["run"]["exact"] = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))["run"].get("exact", True)
-        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+            settings["run"]["exact"] = config_file.read(run.config_file)["run"].get("exact", True)
+        except (OSError, TypeError, KeyError, AttributeError) as error:
             what = f"{run.config_file} is not the configuration of a run: {' '.join(str(error).split())}"
             raise ConfigError("run.resume", what, "put it back as it was") from error
     return settings
@@ -152,24 +157,26 @@ def _settings_to_keep(config: Config, run: RunFolder) -> dict[str, Any]:
 
 def _record(run: RunFolder, settings: Mapping[str, Any], here: Mapping[str, Any], card: str) -> None:
     """What the steps from here on are made with."""
-    run.write_config(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    run.write_config(config_file.dump(settings))
     run.write_environment(run.read_environment() | dict(here))  # the weights' self-test has put its figures there
     run.write_objective(card)
 
 
-def go_back(run: RunFolder, here: Mapping[str, Any], exact: bool) -> int:
+def go_back(run: RunFolder, here: Mapping[str, Any], wanted: RunConfig) -> int:
     """Bring a run's folder to its last sound checkpoint: the step of it; 0 if none was due yet.
 
     Args:
         here: the environment of this start.
-        exact: refuse to go on where that changes the bits.
+        wanted: how far to go, and whether to refuse to go on where that changes the bits.
 
     Raises:
-        ConfigError: there is no checkpoint to go on from, or not to the bit.
+        ConfigError: there is no checkpoint to go on from, or not to the bit, or it is of a later step than is wanted.
     """
     step = checkpoint.last_sound_step(run)
+    if wanted.steps < step:
+        raise ConfigError("run.steps", f"is {wanted.steps}, and this run has made {step} already", "raise it to go on")
     before = checkpoint.load(run, step)["run"]["environment"] if step else run.read_environment()
-    for sentence in check_conditions(before, here, exact):
+    for sentence in check_conditions(before, here, wanted.exact):
         warnings.warn(sentence, stacklevel=2)
     checkpoint.rewind(run, step)
     return step
@@ -178,7 +185,7 @@ def go_back(run: RunFolder, here: Mapping[str, Any], exact: bool) -> int:
 def assemble(
     checked: Plan,
     where: Machine,
-    early: tuple[list[Problem], list[Problem]] | None,
+    problems: tuple[list[Problem], list[Problem]],
     run: RunFolder,
     logger: Logger,
     stack: ExitStack,
@@ -189,11 +196,14 @@ def assemble(
     logger.phase("preparing the model")
     folder = resolve_model(config.model.path, revision=config.model.revision, notify=logger.phase)
     tokenizer = make_tokenizer(folder, config)
-    chat = chat_format(tokenizer) if config.data.chat else None
-    train_problems, heldout = early or load_both_splits(checked, chat)
+    train_problems, heldout = (in_chat(split, tokenizer) for split in problems) if config.data.chat else problems
+    heldout = heldout[: config.eval.problems]
+    if given := config.rollout.engine_args.get("max_model_len"):  # else the engine says it, when it has started
+        check_rows({"train": train_problems, "heldout": heldout}, checked, tokenizer, given)
     logger.phase(f"starting {config.rollout.engine}")
     ranks = make_ranks(config, where, stack, stop)  # before the engines, which may have to share their GPUs
     engine = make_engine(config, folder, tokenizer, where, stack, stop, run.exchange, ranks)
+    check_rows({"train": train_problems, "heldout": heldout}, checked, tokenizer, engine.context_length)
     stack.enter_context(shared_by_environments(checked))
     runtime = stack.enter_context(make_runtime(checked))
     logger.phase("loading the policy")
@@ -201,10 +211,9 @@ def assemble(
     num_weights = sum(map(math.prod, checkpoint_shapes(folder, config.model.revision).values()))
     every = config.run.checkpoint_every or config.run.steps
     kept = min(config.run.keep_checkpoints, -(-config.run.steps // every) - 1)  # beside one that is written
-    if note := checkpoint.little_room(run, num_weights, NUM_MOMENTS[config.optim.name], kept):
+    if note := checkpoint.little_room(run, num_weights, NUM_MOMENTS[config.optim.name], kept, best=bool(heldout)):
         warnings.warn(note, stacklevel=2)
     makers = GroupMakers(checked=checked, engine=engine, runtime=runtime, tokenizer=tokenizer)
-    heldout = heldout[: config.eval.problems]
 
     def progress(name: str) -> Progress:
         def told(done: int, total: int) -> None:
@@ -239,22 +248,27 @@ def assemble(
     )
 
 
-def rescore(config: Config, run: RunFolder, steps: Sequence[int]) -> list[StepReplay]:
-    """The stored rollouts of ``steps`` under the reward of ``config``.
+def rescore(config: Config, run: RunFolder, steps: Sequence[int]) -> Iterator[StepReplay]:
+    """The stored rollouts of ``steps`` under the reward of ``config``, one step after the other.
 
     Raises:
         ConfigError: the reward cannot work.
     """
     checked = plan_without_model(config)
     with make_runtime(checked) as runtime:
-        return [replay.rescore(step, groups_of(run.read_rollouts(step)), runtime, checked.reward_weights) for step in steps]
+        for step in steps:
+            yield replay.rescore(step, groups_of(run.read_rollouts(step)), runtime, checked.reward_weights)
 
 
-def retrain(config: Config, run: RunFolder, step: int) -> tuple[dict[str, float], dict[str, float]]:
+def retrain(config: Config, run: RunFolder, step: int, *, new_reward: bool) -> tuple[dict[str, float], dict[str, float]]:
     """The update of a stored step made again from the checkpoint before it: (its metrics then, its metrics now). Nothing is written.
+
+    Args:
+        new_reward: ``config`` has another reward than the run: its rollouts are scored by that, else their stored scores are learned.
 
     Raises:
         ConfigError: there is no checkpoint of the step before, or it is damaged, or no stored rollouts.
+        RewardFailure: the new reward fails on too many of them, as it would end a run.
     """
     found = checkpoint.steps(run)
     if step != 1 and step - 1 not in found:
@@ -265,11 +279,15 @@ def retrain(config: Config, run: RunFolder, step: int) -> tuple[dict[str, float]
     table = run.read_rollouts(step)
     if "dropped" in table.column_names:  # of dynamic sampling: stored, and not trained on
         table = table.filter([not dropped for dropped in table["dropped"].to_pylist()])
-    groups = groups_of(table)
+    groups = stored = groups_of(table)
     checked = plan(config)
+    if new_reward:
+        with make_runtime(checked) as runtime:
+            groups = replay.rescore(step, groups, runtime, checked.reward_weights).after
+        UnscoredStop(weights=checked.reward_weights, share=config.scoring.unscored_share).check(groups)
     config = without_engines(config)
     where, folder = machine(config), resolve_model(config.model.path, revision=config.model.revision)
-    with StopSignal() as stop, ExitStack() as stack:
+    with StopSignal() as stop, ExitStack() as stack, stop.anywhere():  # nothing is written: it can be cut off at any moment
         policy = make_policy(config, folder, make_tokenizer(folder, config), where, make_ranks(config, where, stack, stop))
         learner = make_learner(checked, policy)
         if step > 1:
@@ -278,7 +296,7 @@ def retrain(config: Config, run: RunFolder, step: int) -> tuple[dict[str, float]
             learner.load_state(state["learner"])
         now = learner.learn(groups)[1]
     then = next((row for row in run.read_metrics() if row["step"] == step and "policy/loss" in row), {})
-    return then, now
+    return then | replay.reward_metrics(stored), now | replay.reward_metrics(groups)
 
 
 def evaluate(config: Config, folder: str, samples: int | None = None) -> tuple[dict[str, float], tuple[Group, ...]]:

@@ -22,7 +22,7 @@ import torch
 from grpo import randomness
 from grpo.config import ConfigError
 from grpo.policy import Policy
-from grpo.run import RunFolder
+from grpo.run import BEST_FILE, Best, RunFolder
 from grpo.storage import StorageError, storage, sync, write_text
 
 STATE_FILE = "trainer_state.pt"
@@ -30,13 +30,18 @@ CHECKSUM_FILE = "checksums.json"
 FORMAT = 4  # of the state; one with another number was written by another version of this package
 
 
-def save_model(policy: Policy, folder: Path) -> None:
-    """Only the model, e.g. the best by evaluation; replaces ``folder`` at once.
+def save_best(run: RunFolder, policy: Policy, best: Best) -> None:
+    """The model alone and, beside it, what makes it the best; replaces the one before at once.
 
     Raises:
         StorageError: the disk is full or cannot be written; what was there is untouched.
     """
-    _write(folder, lambda beside: policy.save(beside))
+
+    def write(beside: Path) -> None:
+        policy.save(beside)
+        (beside / BEST_FILE).write_text(best.to_json(), encoding="utf-8")
+
+    _write(run.best_checkpoint, write)
 
 
 def save(run: RunFolder, step: int, policy: Policy, state: Mapping[str, Any], keep: int) -> None:
@@ -61,20 +66,23 @@ def save(run: RunFolder, step: int, policy: Policy, state: Mapping[str, Any], ke
             _remove(run.checkpoint(old))
 
 
-def little_room(run: RunFolder, num_weights: int, moments: int, keep: int) -> str | None:
+def little_room(run: RunFolder, num_weights: int, moments: int, keep: int, *, best: bool) -> str | None:
     """What there is to say before a run whose checkpoints will not fit on its disk; None: they will.
 
     A checkpoint has a weight at least in bf16 and in fp32, and ``moments`` fp32 numbers of the optimiser's. A new one is written before
-    an old one goes.
+    an old one goes. ``best``: the run evaluates, and keeps the model of its best evaluation too, alone. While that is replaced there are
+    two of it, but no checkpoint is written then.
     """
-    one = num_weights * (2 + 4 + 4 * moments)
-    there = sum(file.stat().st_size for step in steps(run) for file in _files(run.checkpoint(step)).values())
-    needed, free = (keep + 1) * one - there, shutil.disk_usage(run.path).free
+    one, model = num_weights * (2 + 4 + 4 * moments), num_weights * 2 * best
+    folders = [*map(run.checkpoint, steps(run)), run.best_checkpoint]
+    there = sum(file.stat().st_size for folder in folders for file in _files(folder).values())
+    needed, free = (keep + 1) * one + model - there, shutil.disk_usage(run.path).free
     if needed <= free:
         return None
+    beside = f", and {model / 2**20:,.0f} MiB of the best model" if best else ""
     return (
         f"run.dir: {run.path} has {free / 2**20:,.0f} MiB of disk free, and checkpoints will take {needed / 2**20:,.0f} MiB "
-        f"({keep} that are kept and one that is written, {one / 2**20:,.0f} MiB each): the run will end when it is full\n"
+        f"({keep} that are kept and one that is written, {one / 2**20:,.0f} MiB each{beside}): the run will end when it is full\n"
         "  → make room, keep fewer (run.keep_checkpoints), or choose another run.dir"
     )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.config import Config, ConfigError, keys
 from grpo.environment import prepare_process
 from grpo.interrupt import Interrupted
+from grpo.storage import StorageError
 
 if TYPE_CHECKING:
     from grpo.run import RunFolder
@@ -35,7 +36,10 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit status: 0 done, 1 a setting or the machine is wrong, 130 interrupted (what is done is saved)."""
+    """Entry point. Exit status: 0 done, 1 a setting or the machine is wrong, 130 interrupted, 141 the reader of a pipe is gone.
+
+    In the last two cases what is done is saved.
+    """
     prepare_process()
     warnings.formatwarning = _format_warning
     options, behind = (top := parser()).parse_known_args(argv)
@@ -45,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.overrides += behind
     try:
         command: Callable[[argparse.Namespace], int] = options.command
-        return command(options)
-    except ConfigError as error:
+        status = command(options)
+        sys.stdout.flush()  # here, where a reader that has gone is known
+        return status
+    except (ConfigError, StorageError) as error:  # they say what to do
         print(f"grpo: {error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt):
@@ -54,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if options.command is _train:
+            print("grpo: stopped, for nobody reads the output any more; `grpo train <run folder>` goes on", file=sys.stderr)
         return 141
     except (OSError, RuntimeError, ValueError) as error:
         if os.environ.get("GRPO_TRACEBACK"):
@@ -116,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     replay.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. reward.format.weight=0.5; nothing is written to the run")
     replay.add_argument("--reward", help="a name: r1_rules, math, format, …; an import path or file.py:function; default: the run's own")
     replay.add_argument("--step", type=int, help="one step; default: all (with --train: 1)")
-    replay.add_argument("--train", action="store_true", help="make the update of the step again and compare its metrics")
+    replay.add_argument("--train", action="store_true", help="make the update of the step again, by its reward or a changed one")
     replay.add_argument("--limit", type=int, default=5, help="changed judgements to print (default 5)")
     replay.set_defaults(command=_replay)
 
@@ -128,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from grpo.recipe import compose_recipe, load_recipe, load_run, to_yaml
+    from grpo.recipe import compose_recipe, load_recipe, load_run, refuse_resume, to_yaml
 
     is_run = _names_a_run(options.recipe)
     if options.multirun and (options.cfg or options.dry_run or is_run):
@@ -148,12 +156,12 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     else:
         config = load_recipe(options.recipe, *options.overrides)
+        refuse_resume(config)
     if options.cfg:
-        import yaml
-
         from grpo.build import plain
+        from grpo.config_file import dump
 
-        print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), end="")
+        print(dump(plain(config)), end="")
         return 0
     if options.dry_run:
         from grpo.build import dry_run
@@ -192,8 +200,11 @@ def _open(target: str) -> RunFolder:
 
 def _run_around(folder: Path) -> Path | None:
     """``folder`` as it was written if it is a run folder; else the nearest one it stands in."""
-    places = (folder, *folder.resolve().parents)
-    return next((place for place in places if (place / "config.yaml").is_file() and (place / "metrics.jsonl").is_file()), None)
+    marks = ("metrics.jsonl", "environment.json")  # beside the configuration; the former from the first row on
+    for place in (folder, *folder.resolve().parents):
+        if (place / "config.yaml").is_file() and any((place / mark).is_file() for mark in marks):
+            return place
+    return None
 
 
 def _run(config: Config) -> None:
@@ -223,6 +234,8 @@ def _eval(options: argparse.Namespace) -> int:
         raise ConfigError(
             "eval", f"{options.target!r} is neither a run folder nor a model folder (no config.yaml, no config.json)", "check the path"
         )
+    else:
+        _check_sound(target)
     if run_folder is not None and options.recipe is None:
         config = load_run(run_folder, options.overrides)
     else:
@@ -264,6 +277,17 @@ def _eval(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_sound(model: Path) -> None:
+    """
+    Raises:
+        ConfigError: the folder is a checkpoint of a run, and not what was written.
+    """
+    from grpo import checkpoint
+
+    if (model / checkpoint.CHECKSUM_FILE).is_file() and (damage := checkpoint.damaged_file(model, needed="config.json")):
+        raise ConfigError("eval", f"{str(model)!r} is damaged: {damage}", "choose another checkpoint, or put the file back as it was")
+
+
 def _score(options: argparse.Namespace) -> int:
     from grpo.score import Task, run
 
@@ -272,8 +296,7 @@ def _score(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
+    from grpo.console import Terminal
     from grpo.show import Choice, show
 
     choice = Choice(
@@ -286,23 +309,26 @@ def _show(options: argparse.Namespace) -> int:
         limit=options.limit,
         whole=options.whole,
     )
-    show(_open(options.run), choice, Console())
+    show(_open(options.run), choice, Terminal())
     return 0
 
 
 def _replay(options: argparse.Namespace) -> int:
     from grpo.recipe import load_run
+    from grpo.score import check_names_function
     from grpo.show import steps_of
 
     if options.limit < 0:
         raise ConfigError("--limit", f"is {options.limit}", "give how many changed judgements to print; 0: none")
     run = _open(options.run)
     steps = steps_of(run, options.step)
+    check_names_function(options.reward or "", "--reward")
     config = load_run(run.path, options.overrides, options.reward)
     from grpo import build, replay
 
     if options.train:
-        stored, fresh = build.retrain(config, run, 1 if options.step is None else options.step)
+        new_reward = config.reward != load_run(run.path).reward
+        stored, fresh = build.retrain(config, run, 1 if options.step is None else options.step, new_reward=new_reward)
         print(replay.compare_updates(stored, fresh))
         return 0
     print(replay.report(build.rescore(config, run, steps), options.limit))

@@ -96,8 +96,8 @@ class RunConfig:
     steps: int = doc("training steps; one step = rollouts, rewards, update", 100)
     checkpoint_every: int = doc("steps between checkpoints; the last step always has one", 10)
     keep_checkpoints: int = doc("checkpoints kept with their optimiser state; the best by evaluation is kept beside them", 2)
-    resume: bool = doc("go on from the last checkpoint of this run folder", False)
-    exact: bool = doc("a run is not gone on with where its bits would change: other threads, engines or CPU; false: it is, with a warning", True)
+    resume: bool = doc("go on from the last checkpoint of this run folder: what `grpo train <run folder>` sets, and no recipe", False)
+    exact: bool = doc("a run is not gone on with where its bits would change: other threads, engines or CPU, edited files, other data; false: it is, with a warning", True)
 
 
 @dataclass

@@ -6,6 +6,7 @@ control codes. Text from the model is data: control characters are shown, never 
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -21,15 +22,23 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.loggers import Advantages, Logger
-from grpo.metrics import best_and_worst, duration, headline, mean, series
+from grpo.metrics import best_and_worst, duration, headline, mean, passes, series
 from grpo.rewards.health import failures
 from grpo.rollout_table import rollout_key
-from grpo.run import RunFolder
+from grpo.run import Best, RunFolder
 from grpo.types import Group, Outcome, Rollout, Score
 
 HEADER_EVERY = 20  # rows between two headers, and steps before a warning is repeated
 MISSING = "–"
 Row = Mapping[str, float]
+
+
+class Terminal(Console):
+    """rich's, but for a reader that has gone, such as ``head``: rich ends the process there, with status 1 and nothing saved."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True  # what the way out would still print
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +61,12 @@ class ConsoleLogger(Logger):
     """
 
     def __init__(self, sample_every: int = 5, console: Console | None = None) -> None:
-        self._console = console or Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+        self._console = console or Terminal(width=None if sys.stdout.isatty() else 160, highlight=False)
         self._sample_every = sample_every
         self._history: list[Row] = []  # every row of the run, those before a resume included
         self._header = ""
         self._rows_since_header = 0
+        self._limit_hurts = True  # whether completions of the last step were worse for being cut off
         self._said: dict[str, int] = {}  # warning without its numbers → the step it was last printed at
         self._status: Status | None = None
         self._step = 0
@@ -64,7 +74,7 @@ class ConsoleLogger(Logger):
     def start(self, config: Mapping[str, Any], run: RunFolder, resumed_from: int | None) -> None:
         self._run = run
         self._total_steps = int(config["run"]["steps"])
-        self._eval_temperature = config["eval"]["temperature"]
+        self._eval_temperature, self._eval_metric = config["eval"]["temperature"], config["eval"]["metric"]
         self._print(Text(f"run folder {shown_path(run.path)}", style="dim"))
         if resumed_from is not None:
             self._history = [row for row in run.read_metrics() if row["step"] <= resumed_from]
@@ -84,6 +94,7 @@ class ConsoleLogger(Logger):
             self._print(Text(evaluation_line(metrics, self._eval_temperature), style="bold cyan"))
 
     def log_rollouts(self, step: int, groups: Sequence[Group], advantages: Advantages | None = None) -> None:
+        self._limit_hurts = does_limit_hurt(groups, self._eval_metric)
         for failure in failures(groups):
             self._print(Text(f"warning: {failure}", style="yellow"))
         if self._sample_every and step % self._sample_every == 0:
@@ -103,6 +114,8 @@ class ConsoleLogger(Logger):
     def finish(self, summary: Mapping[str, Any], failed: bool = False) -> None:
         if self._status is not None:
             self._status.stop()
+        if (best := self._run.read_best()) and (line := best_line(best, self._history)):
+            self._print(Text(line, style="dim"))
         place = self._run.report_file if self._run.report_file.exists() else self._run.path
         stopped = f"stopped after step {self._step}; " if failed else ""
         self._print(Text(f"{stopped}{headline(self._history)}; {shown_path(place)}", style="bold red" if failed else "bold green"))
@@ -124,7 +137,7 @@ class ConsoleLogger(Logger):
             self._print(Text(line, style="dim"))
 
     def _print_warnings(self) -> None:
-        for sentence in warnings(self._history):
+        for sentence in warnings(self._history, self._limit_hurts):
             kind = re.sub(r"[\d.,]+", "#", sentence)
             if self._step - self._said.get(kind, -HEADER_EVERY) >= HEADER_EVERY:
                 self._said[kind] = self._step
@@ -196,14 +209,37 @@ def evaluation_line(metrics: Row, temperature: float) -> str:
     return f"{line} ({problems}T={float(temperature)})"
 
 
-def warnings(history: Sequence[Row]) -> list[str]:
-    """What the last training steps say is wrong, in words, with the remedy."""
+def best_line(best: Best, history: Sequence[Row]) -> str:
+    """Which model ``checkpoints/best`` is, for the end of a run; "" if that of the last row. It may be of steps that were discarded."""
+    recorded = any(row["step"] == best.step and row.get("eval/pass@1") == best.score for row in history)
+    if recorded and history[-1]["step"] == best.step:
+        return ""
+    return f"checkpoints/best is {best}" + ("" if recorded else ", made before this run went back to an earlier checkpoint")
+
+
+def does_limit_hurt(groups: Sequence[Group], metric: str) -> bool:
+    """Whether the token limit is in the way: what it cuts off never passes, or less often than what ended.
+
+    Where the limit is the length of an answer, as one token for one digit, nearly all is cut off, and as it should be.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    cut_off, ended = ([passes(r, metric) for r in rollouts if r.completion.truncated is cut] for cut in (True, False))
+    return not any(cut_off) or mean(cut_off) < mean(ended)  # false of NaN: nothing ended
+
+
+def warnings(history: Sequence[Row], limit_hurts: bool = True) -> list[str]:
+    """What the last training steps say is wrong, in words, with the remedy.
+
+    Args:
+        history: rows of metrics.
+        limit_hurts: whether completions of the last step are worse for being cut off.
+    """
     steps = [row for row in history[-20:] if "reward/mean" in row]
     if not steps:
         return []
     last = steps[-1]
     found = []
-    if last.get("completion/truncated_share", 0) > 0.5:
+    if limit_hurts and last.get("completion/truncated_share", 0) > 0.5:
         at = f" at {last['completion/length_max']:.0f} tokens" if "completion/length_max" in last else ""
         found.append(f"{_percent(last['completion/truncated_share'])} of completions were cut off{at}: raise rollout.max_new_tokens")
     if len(steps) >= 5 and all(row.get("rollout/groups_without_signal") == 1 for row in steps[-5:]):

@@ -5,49 +5,142 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
 from typing import Any
 
 from grpo.config import ConfigError
 from grpo.data import Row
-from grpo.rewards.reasoning_gym import NEEDED, dataset
+from grpo.rewards.reasoning_gym import COLUMN, NEEDED, dataset
 
 HELDOUT_SEED = 20_250_122  # held-out problems are the same in every run
+RUNS_PROGRAMS = "codeio"  # the task whose problems are programs out of a data set, run to see what they return
+_RUNS = 8  # of such a program, each with the same result as the first
 _TRIES = 10  # problems generated for each one wanted: small tasks repeat themselves
 
 
 def reasoning_gym(split: str, *, task: str, seed: int = 0, size: int = 2000, heldout: int = 200, **settings: Any) -> list[Row]:
-    """Problems of one task, no two alike, and no held-out one among those that are trained on.
+    """Problems of one task, no two alike, and no held-out one among those that are trained on; the same in every process.
 
-    A row holds how to generate its problem again, from which the reward has it: what a task's own judgement needs may be more than
-    text and numbers.
+    A row holds the problem's entry as the task generated it, which is what the task judges an answer by: a Python literal, since JSON
+    would make lists of tuples. The few problems whose entry no literal says exactly are passed over.
 
     Args:
-        task: its name in reasoning-gym, e.g. ``chain_sum`` or ``countdown``.
+        task: its name in reasoning-gym, e.g. ``chain_sum`` or ``countdown``; or ``composite``, a mixture of the tasks in ``datasets``.
         size, heldout: problems of the two splits; fewer where the task has not so many.
         settings: those of the task, e.g. ``min_terms=2``.
     """
+    for name, count in (("size", size), ("heldout", heldout)):
+        if count < 1:
+            remedy = "set it to 1 or more" + ("; eval.problems=0 does without evaluation" if name == "heldout" else "")
+            raise ConfigError(f"data.problems.{name}", f"is {count}, but it counts problems", remedy)
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ConfigError("data.problems.fn", "tasks of reasoning-gym need the package reasoning-gym", NEEDED)
+    answer = _in_a_child({"split": split, "task": task, "seed": seed, "size": size, "heldout": heldout, "settings": settings})
+    if "error" in answer:
+        raise ConfigError("data.problems", f"task {task!r} with {settings}: {answer['error']}", "see reasoning_gym.factory.DATASETS")
+    rows: list[Row] = answer["rows"]
+    return rows
+
+
+# ---- in a process of its own -----------------------------------------------------------------------------------------
+# Some tasks walk through sets of strings, whose order is another in every process unless PYTHONHASHSEED says otherwise; it must stand in
+# the environment when Python starts. And a generator may seed numpy, print, or run programs from a data set: not in the trainer.
+
+
+def _in_a_child(order: dict[str, Any]) -> dict[str, Any]:
     try:
-        held_out = _rows("heldout", task, HELDOUT_SEED, heldout, settings, without=frozenset())
-        if split == "heldout":
-            return held_out
-        return _rows("train", task, seed, size, settings, without=frozenset(row["question"] for row in held_out))
-    except ImportError as error:
-        raise ConfigError("data.problems.fn", f"{error}", NEEDED) from error
-    except (ValueError, TypeError, AssertionError) as error:  # as reasoning-gym reports an unknown task or setting
-        raise ConfigError("data.problems", f"task {task!r} with {settings}: {error}", "see reasoning_gym.factory.DATASETS") from error
+        written = json.dumps(order)
+    except TypeError as error:
+        return {"error": f"{error}; write it as text"}
+    child = subprocess.run(
+        [sys.executable, "-P", "-m", "grpo.data_reasoning_gym"],
+        input=written,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(os.path.abspath(folder) for folder in sys.path)},
+    )
+    if child.returncode:
+        how = f"was ended by signal {-child.returncode}" if child.returncode < 0 else f"exited with code {child.returncode}"
+        return {"error": f"the process that generates the problems {how}"}
+    answer: dict[str, Any] = json.loads(child.stdout)
+    return answer
+
+
+def _main() -> None:
+    with os.fdopen(os.dup(1), "w") as out, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)  # what generators print is not ours
+        try:
+            answer: dict[str, Any] = {"rows": _split(**json.load(sys.stdin))}
+        except Exception as error:  # whatever a task makes of its settings: its message is for the user
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        json.dump(answer, out)
+
+
+def _split(split: str, task: str, seed: int, size: int, heldout: int, settings: dict[str, Any]) -> list[Row]:
+    held_out = _rows("heldout", task, HELDOUT_SEED, heldout, settings, without=frozenset())
+    if split == "heldout":
+        return held_out
+    return _rows("train", task, seed, size, settings, without=frozenset(row["question"] for row in held_out))
 
 
 def _rows(split: str, task: str, seed: int, wanted: int, settings: dict[str, Any], without: frozenset[str]) -> list[Row]:
     recipe = {**settings, "seed": seed, "size": _TRIES * wanted}
     rows: dict[str, Row] = {}
     generated = dataset(task, recipe)
+    unsaid = None
     for index in range(len(generated)):
         if len(rows) == wanted:
             break
-        entry = generated[index]
+        entry = _entry(generated, index)
         question = str(entry["question"])
-        if question not in without:
-            answer = "" if entry["answer"] is None else str(entry["answer"])
-            made_by = {"task": task, "settings": recipe, "index": index}
-            rows.setdefault(question, {"id": f"{task}/{split}/{index}", "question": question, "answer": answer, "reasoning_gym": made_by})
+        if question in without or question in rows:
+            continue
+        literal = repr(entry)
+        if not _says(literal, entry):
+            unsaid = literal
+            continue
+        if entry["metadata"].get("source_dataset") == RUNS_PROGRAMS and any(_entry(generated, index) != entry for _ in range(_RUNS)):
+            continue  # the program looks at the clock, or draws numbers that no seed fixes: nobody can say what it returns
+        answer = "" if entry["answer"] is None else str(entry["answer"])
+        made_by = {"task": task, "settings": recipe, "entry": literal}
+        rows[question] = {"id": f"{task}/{split}/{index}", "question": question, "answer": answer, COLUMN: made_by}
+    if unsaid and not rows:
+        raise ValueError(f"its entries hold what no Python literal says, and so cannot be stored: {unsaid:.500}")
     return list(rows.values())
+
+
+def _entry(generated: Any, index: int) -> Any:
+    """What the task generates, as a function of ``index`` even where it draws from the generators that all of a process share."""
+    import numpy as np
+
+    random.seed(index)
+    np.random.seed(index)
+    return _plain(generated[index])
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's numbers and strings as Python's own, of which there are literals."""
+    import numpy as np
+
+    if type(value) is dict:
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _says(literal: str, entry: Any) -> bool:
+    try:
+        return bool(ast.literal_eval(literal) == entry)
+    except (ValueError, SyntaxError, RecursionError):
+        return False
+
+
+if __name__ == "__main__":
+    _main()

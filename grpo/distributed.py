@@ -22,7 +22,7 @@ from grpo import layouts
 from grpo.batch import Batch
 from grpo.layouts import LayoutName
 from grpo.losses import Loss, TokenScores, merge
-from grpo.policy import Metrics
+from grpo.policy import Metrics, check_optimiser
 from grpo.ranks import Ranks
 from grpo.rollouts.transfer import handfuls
 from grpo.rollouts.weights import PackedWeights, Spec, WeightStream, shown
@@ -95,11 +95,12 @@ class DistributedPolicy:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._take(state["masters"], MASTERS, None)
         optimiser = state["optimiser"]
+        check_optimiser(optimiser, self.settings.optim.name)
+        self._take(state["masters"], MASTERS, None)
         tensors = {f"{i}/{key}": torch.as_tensor(value) for i, entry in optimiser["state"].items() for key, value in entry.items()}
         self._take(tensors, OPTIMISER, None)
-        self._ranks.all("restore", optimiser["param_groups"], state["num_updates"], state["num_skipped"])
+        self._ranks.all("restore", state["num_updates"], state["num_skipped"])
 
     def save(self, folder: Path) -> None:
         """Written by rank 0: with several machines, ``folder`` must be the same on all of them."""

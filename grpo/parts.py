@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.conditions import Conditions, conditions
+from grpo.conditions import Conditions, conditions, inputs
 from grpo.config import Config, ConfigError, EngineName, ScheduleName, TransferName, WandbMode
 from grpo.console import ConsoleLogger
-from grpo.data import ProblemSource
+from grpo.data import ProblemSource, check_prompts
 from grpo.interrupt import StopSignal
 from grpo.learner import Learner
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
@@ -22,7 +23,8 @@ from grpo.policy import HFPolicy, OptimSettings
 from grpo.rollouts.assembly import Scorer, ScoreWhen
 from grpo.rollouts.base import Engine, Progress
 from grpo.rollouts.collect import Collector, Groups
-from grpo.rollouts.dialogue import ChatTemplate, PlainText
+from grpo.rollouts.dialogue import TEXT, ChatTemplate, PlainText
+from grpo.rollouts.environments import Message, SingleTurn
 from grpo.rollouts.episode import Dialogue
 from grpo.rollouts.paced import PacedCollector
 from grpo.rollouts.proof import SelfTest
@@ -53,6 +55,11 @@ def chat_format(tokenizer: Any) -> Callable[[str], str]:
     return partial(_as_chat, tokenizer)
 
 
+def in_chat(problems: Sequence[Problem], tokenizer: Any) -> list[Problem]:
+    chat = chat_format(tokenizer)
+    return [replace(problem, prompt=chat(problem.prompt)) for problem in problems]
+
+
 def _as_chat(tokenizer: Any, prompt: str) -> str:
     text: str = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
     return text
@@ -65,6 +72,15 @@ def make_dialogue(tokenizer: Any, chat: bool) -> Dialogue:
         return ChatTemplate(tokenizer)
     except ValueError as error:
         raise ConfigError("data.chat", f"is true, but {error}") from error
+
+
+def check_rows(splits: Mapping[str, Sequence[Problem]], checked: Plan, tokenizer: Any, room: int) -> None:
+    """``check_prompts`` of every split. What an environment of the user's asks first is known when it asks."""
+    if checked.environment.target != f"{SingleTurn.__module__}.{SingleTurn.__name__}":
+        return
+    dialogue, config = make_dialogue(tokenizer, checked.config.data.chat), checked.config
+    for split, problems in splits.items():
+        check_prompts(problems, split, lambda prompt: len(dialogue.opening((Message(TEXT, prompt),))), room, config.rollout.max_new_tokens)
 
 
 def make_engine(
@@ -171,6 +187,14 @@ def conditions_of(config: Config, where: Machine) -> Conditions:
         precision=where.dtype_name,
         cpu_instructions=torch.backends.cpu.get_cpu_capability(),
     )
+
+
+def inputs_of(checked: Plan, problems: tuple[Sequence[Problem], Sequence[Problem]]) -> dict[str, Any]:
+    """The problems are looked at as they are: the function they come from, and what it reads, may change and give the same."""
+    functions = [getattr(checked, f.name) for f in fields(checked) if f.name not in ("problems", "rewards")]
+    functions += [scripted_answer(checked.config)] if checked.config.rollout.engine is EngineName.scripted else []
+    functions += [part.ref for part in checked.rewards]
+    return inputs(checked.config, functions, {"train": problems[0], "heldout": problems[1]})
 
 
 def load_model(folder: str, config: Config, *, empty: bool = False) -> Any:
@@ -365,6 +389,12 @@ def make_collector(
     rollout = config.rollout
     if not rollout.max_staleness:
         return Collector(groups=groups, source=source, progress=progress)
+    if (there := len(source.problems)) < (wanted := rollout.problems_per_step * (1 + rollout.max_staleness)):
+        warnings.warn(
+            f"rollout.max_staleness={rollout.max_staleness} needs {wanted} problems to run ahead with, and the training split has {there}: "
+            "a problem that is under way is not begun a second time, so sampling runs ahead by less, or not at all",
+            stacklevel=2,
+        )
     paced = PacedCollector(
         groups=groups, source=source, batch=rollout.problems_per_step, max_staleness=rollout.max_staleness, progress=progress
     )

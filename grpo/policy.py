@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from grpo import fused, layouts, memory
 from grpo.batch import Batch, on_device
+from grpo.config import ConfigError
 from grpo.layouts import LayoutName, ModelInputs
 from grpo.logprobs import head_logprobs
 from grpo.losses import Loss, Stat, TokenScores, merge
@@ -187,10 +188,12 @@ class HFPolicy:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        check_masters(state["masters"], self.masters)
+        check_optimiser(state["optimiser"], optimiser_of(self.optimiser.param_groups))  # a snapshot's is not that of its settings
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(state["masters"][name])
-        self.optimiser.load_state_dict(state["optimiser"])
+        restore_moments(self.optimiser, state["optimiser"]["state"])
         self.num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
         self._renew()
 
@@ -298,6 +301,37 @@ def _make_state(optimiser: torch.optim.Optimizer) -> None:
     for state in optimiser.state.values():
         if "step" in state:
             state["step"].zero_()
+
+
+def restore_moments(optimiser: torch.optim.Optimizer, moments: Mapping[int, Any]) -> None:
+    """What an optimiser has gathered. Its settings stay those that it was made with: a run may be gone on with under others."""
+    optimiser.load_state_dict({"state": dict(moments), "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def check_masters(held: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> None:
+    """Raises:
+    ConfigError: a checkpoint ``held`` the weights of another model.
+    """
+    then, now = ({name: list(tensor.shape) for name, tensor in of.items()} for of in (held, masters))
+    for name in [*now, *then]:
+        if then.get(name) != now.get(name):
+            what = f"names another model than this run has trained: {name} is {then.get(name, 'missing')} in its checkpoint"
+            remedy = "leave it as it was; or start another run from that model"
+            raise ConfigError("model.path", f"{what}, and {now.get(name, 'missing')} in the model", remedy)
+
+
+def check_optimiser(state: Mapping[str, Any], name: str) -> None:
+    """Raises:
+    ConfigError: ``state`` is of another optimiser than ``name``.
+    """
+    before = optimiser_of(state["param_groups"])
+    if before != name:
+        what = f"is {name}, and this run has begun with {before}: its state is of no use to {name}"
+        raise ConfigError("optim.name", what, f"leave it at {before}; or start another run from the weights of a checkpoint: model.path=…")
+
+
+def optimiser_of(param_groups: Sequence[Mapping[str, Any]]) -> str:
+    return "adamw" if "betas" in param_groups[0] else "sgd"
 
 
 def _add(into: Tensor, grad: Tensor) -> None:

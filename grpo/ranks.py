@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _GRACE = 10.0  # seconds that ray has to report the death over which the other ranks have lost their connection
 _PLACING = 60.0  # seconds to wait for CPUs and GPUs that the cluster has, and has given to others
-_REMEDY = "often the system was out of memory: lower trainer.tokens_per_microbatch, or use more machines; then go on with run.resume=true"
+_REMEDY = "often the system was out of memory: lower trainer.tokens_per_microbatch, or use more machines; then `grpo train <run folder>`"
 
 
 class Ranks:

@@ -6,6 +6,7 @@ After ``load_recipe`` only dataclasses travel.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
@@ -19,11 +20,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from grpo.config import Config, ConfigError, EngineName, keys
+from grpo import config_file
+from grpo.config import Config, ConfigError, EngineName, keys, shown
 from grpo.config_checks import validate
 from grpo.environment import vllm_is_for_gpus
 from grpo.idle import dropped
@@ -263,33 +265,99 @@ def to_yaml(composed: DictConfig) -> str:
 def load_run(folder: Path, overrides: Sequence[str] = (), reward: str | None = None) -> Config:
     """The configuration a run was made with, its name and place fixed, with overrides; ``reward``: a preset or function instead of its own.
 
+    Overrides mean what they mean for a recipe, but that there are no groups any more.
+
     Raises:
         ConfigError: the file is not a configuration of this version, or an override is wrong.
     """
     folder = folder.resolve()
+    for override in OverridesParser.create().parse_overrides(checked_grammar(overrides)):
+        _check_for_a_run(override, folder)
     prepare(overrides)
+    replaced, rest = replacements(overrides)
+    kept = config_file.read(folder / "config.yaml")
     try:
-        composed = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / "config.yaml"))
+        composed = OmegaConf.merge(OmegaConf.structured(Config), _literal(kept))
+        assert isinstance(composed, DictConfig)
         if reward is not None:
             OmegaConf.update(composed, "reward", _reward_node(reward), merge=False)
             composed.eval.problems = 0  # eval.metric may name a part that this reward does not have
-        for override in OverridesParser.create().parse_overrides(list(overrides)):
-            if override.key_or_group in groups():
-                raise ConfigError(
-                    override.key_or_group,
-                    "a group cannot be chosen anew for a run that exists",
-                    "set single keys, or start from the recipe",
-                )
-            OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
+        for override in OverridesParser.create().parse_overrides(rest):
+            _lay(composed, override)
+        for key, node in replaced.items():
+            OmegaConf.update(composed, key, node, merge=False)
+        for key, name in _place(folder).items():
+            OmegaConf.update(composed, key, _literal(name))
     except (HydraException, OmegaConfBaseException) as error:
         raise translate(error) from error
-    except YAMLError as error:
-        raise ConfigError("run.resume", f"{folder / 'config.yaml'} is not YAML: {' '.join(str(error).split())}", "correct it") from error
-    assert isinstance(composed, DictConfig)
     _drop_idle(composed, overrides, *(("reward", "eval.problems") if reward is not None else ()))
     _give_a_gpu(composed, overrides)
-    composed.run.dir, composed.run.recipe, composed.run.name = str(folder.parent.parent), folder.parent.name, folder.name
     return to_config(composed)
+
+
+def _place(folder: Path) -> dict[str, str]:
+    return {"run.dir": str(folder.parent.parent), "run.recipe": folder.parent.name, "run.name": folder.name}
+
+
+def _check_for_a_run(override: Override, folder: Path) -> None:
+    """What a run that exists cannot be told: groups, several values, another name, to go on with nothing."""
+    key, known, place = override.key_or_group, keys(), _place(folder)
+    open_node = isinstance(known.get(key, (None,))[0], dict)
+    if override.is_sweep_override():
+        what = "is given several values, and a run folder is one run"
+        raise ConfigError(key, what, "give one; a sweep starts from a recipe: --multirun")
+    value = override.value()
+    if key in groups() and not (open_node and isinstance(value, dict)):
+        whole = f", or the whole node, {key}={{…}}" if open_node else ""
+        raise ConfigError(key, "a group cannot be chosen anew for a run that exists", f"set single keys{whole}; or start from the recipe")
+    if key.startswith("hydra"):
+        raise ConfigError(key, "is of Hydra, which composes recipes; a run has its config.yaml", "leave it out")
+    if key in known and not open_node and override.is_delete():
+        raise ConfigError(key, "cannot be taken out: every run has it", f"set it to its default: {key}={shown(known[key][0])}")
+    if key in place and (Path(value).expanduser().resolve() != Path(place[key]) if key == "run.dir" else value != place[key]):
+        what = f"is {shown(value)}, but a run that exists is where its folder is and is called as that is: {folder}"
+        raise ConfigError(key, what, "move or rename the folder; or start another run from the recipe")
+    if key == "run.resume" and value is False:
+        raise ConfigError(key, "is false, but a run that exists is gone on with", "leave it out; or start another run from the recipe")
+
+
+def _lay(composed: DictConfig, override: Override) -> None:
+    """One override over the configuration of a run."""
+    key = override.key_or_group
+    if not override.is_delete():
+        OmegaConf.update(composed, key, override.value(), force_add=True)
+        return
+    around, _, name = key.rpartition(".")
+    node = OmegaConf.select(composed, around)
+    there = list(node) if isinstance(node, DictConfig) else []
+    if name not in there:
+        raise ConfigError(key, "is not there to be taken out", f"there is: {', '.join(map(str, there))}" if there else "leave it out")
+    if override.value() is not None and override.value() != node[name]:
+        raise ConfigError(key, f"is {shown(node[name])}, not {shown(override.value())}", f"to take it out whatever it is: ~{key}")
+    with open_dict(node):
+        del node[name]
+
+
+def _literal(value: Any) -> Any:
+    """``value`` with every ``${`` escaped, which OmegaConf would take for the beginning of a reference."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def refuse_resume(config: Config) -> None:
+    """A recipe is no description of a run that exists: its settings, or those that were typed for it, may have been others.
+
+    Raises:
+        ConfigError: ``run.resume`` is true in a recipe.
+    """
+    if config.run.resume:
+        folder = Path(config.run.dir) / (config.run.recipe or "run") / (config.run.name or "NAME")
+        what = "is true, but this is a recipe: a run is gone on with by its folder, which has the settings it was made with"
+        remedy = f"grpo train {shlex.quote(str(folder))}, with what is to be otherwise behind it; for another run, leave this out"
+        raise ConfigError("run.resume", what, remedy)
 
 
 def _reward_node(reward: str) -> DictConfig:

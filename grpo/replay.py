@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from grpo.metrics import has_signal
-from grpo.rewards.health import failures
+from grpo.metrics import has_signal, mean
+from grpo.rewards.health import Failure, failures
 from grpo.rollouts.assembly import Scorer
 from grpo.rollouts.episode import FAILURE, judged
-from grpo.types import Group, Rollout, Score
+from grpo.run import MEASURED
+from grpo.types import Group, Outcome, Rollout, Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,23 +61,39 @@ def rollouts(groups: Sequence[Group]) -> list[Rollout]:
     return [rollout for group in groups for rollout in group.rollouts]
 
 
-def report(replays: Sequence[StepReplay], limit: int = 5) -> str:
-    """Means before and after, how many judgements and groups changed, the largest changes, and what could not be scored."""
-    before = [r for replayed in replays for r in rollouts(replayed.before)]
-    after = [r for replayed in replays for r in rollouts(replayed.after)]
-    changes = sorted((c for replayed in replays for c in replayed.changes), key=lambda c: -c.size)
-    gained, lost = _signal_changes(replays)
+def report(replays: Iterable[StepReplay], limit: int = 5) -> str:
+    """Means before and after, how many judgements and groups changed, the largest changes, and what could not be scored.
+
+    One step is held at a time, and ``limit`` completions beside it: a run's rollouts need not fit into memory.
+    """
+    before, after = _Sums(), _Sums()
+    steps = changed = gained = lost = 0
+    largest: list[Change] = []
+    failed: dict[tuple[str, Outcome], Failure] = {}
+    for replayed in replays:
+        steps += 1
+        before.add(replayed.before)
+        after.add(replayed.after)
+        changes = replayed.changes
+        changed += len(changes)
+        largest = sorted([*largest, *changes], key=lambda c: -c.size)[:limit]
+        signals = [(has_signal(b), has_signal(a)) for b, a in zip(replayed.before, replayed.after, strict=True)]
+        gained += sum(a and not b for b, a in signals)
+        lost += sum(b and not a for b, a in signals)
+        for failure in failures(replayed.after):
+            known = failed.get(key := (failure.part, failure.outcome))
+            failed[key] = replace(failure, count=failure.count + (known.count if known else 0))
     lines = [
-        f"{len(before)} rollouts of {len(replays)} steps, scored again",
-        f"  mean reward            {_mean(before):.4g} → {_mean(after):.4g}",
-        f"  unscored               {sum(not r.scored for r in before)} → {sum(not r.scored for r in after)}",
-        f"  rewards that changed   {len(changes)} ({len(changes) / max(len(before), 1):.1%})",
+        f"{before.rollouts} rollouts of {steps} steps, scored again",
+        f"  mean reward            {before.reward.shown()} → {after.reward.shown()}",
+        f"  unscored               {before.rollouts - before.reward.count} → {after.rollouts - after.reward.count}",
+        f"  rewards that changed   {changed} ({changed / max(before.rollouts, 1):.1%})",
         f"  groups                 {gained} gain a signal, {lost} lose it",
     ]
-    for name in dict.fromkeys([*_parts(before), *_parts(after)]):
-        lines.append(f"  {name:<22} {_part_mean(before, name)} → {_part_mean(after, name)}")
-    lines += [f"  {failure}" for failure in failures([g for replayed in replays for g in replayed.after])]
-    for change in changes[:limit]:
+    for name in dict.fromkeys([*before.parts, *after.parts]):
+        lines.append(f"  {name:<22} {before.part(name).shown()} → {after.part(name).shown()}")
+    lines += [f"  {failure}" for failure in sorted(failed.values(), key=lambda f: -f.count)]
+    for change in largest:
         lines.append(f"\nstep {change.step}, {change.before.problem.id}, completion {change.before.completion.index}: "
                      f"{change.before.reward:g} → {change.after.reward:g} (answer {change.before.problem.answer!r})")
         lines += [f"  {part}: {score.value:g} {score.outcome} {score.detail[:200]}" for part, score in change.after.scores.items()]
@@ -84,34 +101,57 @@ def report(replays: Sequence[StepReplay], limit: int = 5) -> str:
     return "\n".join(lines)
 
 
+@dataclass(slots=True)
+class _Mean:
+    """Of numbers that are met one after the other; NaN, an unscored one, is left out."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        if not math.isnan(value):
+            self.total += value
+            self.count += 1
+
+    def shown(self) -> str:
+        return f"{self.total / self.count:.4g}" if self.count else "–"
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What the rollouts of all steps got, under one of the two rewards."""
+
+    rollouts: int = 0
+    reward: _Mean = field(default_factory=_Mean)
+    parts: dict[str, _Mean] = field(default_factory=dict)
+
+    def add(self, groups: Sequence[Group]) -> None:
+        for rollout in rollouts(groups):
+            self.rollouts += 1
+            self.reward.add(rollout.reward)
+            for name, score in rollout.scores.items():
+                self.parts.setdefault(name, _Mean()).add(score.value)
+
+    def part(self, name: str) -> _Mean:
+        return self.parts.get(name, _Mean())
+
+
+def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What the rewards of an update's groups were, beside the metrics of what was learned from them."""
+    return {
+        "reward/mean": mean(r.reward for r in rollouts(groups) if r.scored),
+        "rollout/groups_without_signal": mean(not has_signal(group) for group in groups),
+    }
+
+
 def compare_updates(stored: Mapping[str, float], fresh: Mapping[str, float]) -> str:
-    """The metrics of a stored update beside those of the same step trained again, those of time and speed aside."""
+    """The metrics of a stored update and of its rewards beside those of the same step trained again; not what the clock decides."""
     lines = [f"{'':<32} {'stored':>12} {'again':>12}"]
     for name in sorted(set(stored) & set(fresh)):
-        if name.startswith(("policy/", "sampler/")):
+        if not name.startswith(MEASURED):
             mark = "" if _same(stored[name], fresh[name]) else f"   differs by {fresh[name] - stored[name]:+.3g}"
             lines.append(f"{name:<32} {stored[name]:>12.6g} {fresh[name]:>12.6g}{mark}")
     return "\n".join(lines)
-
-
-def _signal_changes(replays: Sequence[StepReplay]) -> tuple[int, int]:
-    pairs = [(has_signal(b), has_signal(a)) for r in replays for b, a in zip(r.before, r.after, strict=True)]
-    return sum(a and not b for b, a in pairs), sum(b and not a for b, a in pairs)
-
-
-def _parts(found: Sequence[Rollout]) -> list[str]:
-    return list(dict.fromkeys(part for r in found for part in r.scores))
-
-
-def _part_mean(found: Sequence[Rollout], part: str) -> str:
-    values = [r.scores.get(part, Score(value=math.nan)).value for r in found]
-    kept = [v for v in values if not math.isnan(v)]
-    return f"{math.fsum(kept) / len(kept):.4g}" if kept else "–"
-
-
-def _mean(found: Sequence[Rollout]) -> float:
-    kept = [r.reward for r in found if r.scored]
-    return math.fsum(kept) / len(kept) if kept else math.nan
 
 
 def _same(a: float, b: float) -> bool:

@@ -11,15 +11,17 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo.console import set_off
 from grpo.metrics import best_and_worst, duration, headline, series
 from grpo.run import RunFolder
 from grpo.storage import write_text
 
+T = TypeVar("T")
 Points = Sequence[tuple[float, float]]
 Row = Mapping[str, float]
 
@@ -54,17 +56,27 @@ class Chart:
 
 
 def write_report(run: RunFolder) -> Path:
-    """Write ``report.html`` into the run folder and return its path."""
-    rows = run.read_metrics()
-    config = _read_yaml(run.config_file)
+    """Write ``report.html`` into the run folder and return its path. Files that are damaged are left out, and named on the page.
+
+    Raises:
+        StorageError: the page cannot be written.
+    """
+    damaged: list[str] = []
+    rows = _read(damaged, run.metrics_file, run.read_metrics) or []
+    config = _read(damaged, run.config_file, lambda: _read_yaml(run.config_file)) or {}
+    environment = _read(damaged, run.environment_file, lambda: _read_yaml(run.environment_file)) or {}  # JSON is YAML
+    shown = _first_and_last(run.rollout_steps())
+    samples = [_read(damaged, run.rollout_file(step), partial(_sample, run, step)) or "" for step in shown]
     sections = [
-        _header(run, rows, config),
+        _header(run, rows, config, environment),
         '<div class="charts">' + "".join(_figure(chart) for chart in charts(rows)) + "</div>",
-        _samples(run),
+        f'<section><h2>What the model wrote</h2><div class="samples">{"".join(samples)}</div></section>' if any(samples) else "",
         _details("Objective", run.objective_file, is_open=True),
         _details("Configuration", run.config_file),
         _details("Environment", run.environment_file),
     ]
+    if damaged:
+        sections.insert(1, f'<section><h2>Left out</h2><ul>{"".join(f"<li>{html.escape(line)}</li>" for line in damaged)}</ul></section>')
     title = html.escape(f"{run.recipe} / {run.name}")
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -72,6 +84,20 @@ def write_report(run: RunFolder) -> Path:
     )
     write_text(run.report_file, page)
     return run.report_file
+
+
+def _read(damaged: list[str], file: Path, read: Callable[[], T]) -> T | None:
+    """What ``read`` makes of a file; of one that it cannot read, nothing but a line in ``damaged``."""
+    try:
+        return read()
+    except Exception as error:  # a file can be damaged in any way, and the rest of the run is worth reading
+        damaged.append(f"{file.name}: {_first_line(error)}")
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def charts(rows: Sequence[Row]) -> list[Chart]:
@@ -253,8 +279,7 @@ def _figure(chart: Chart) -> str:
     return f"<figure><figcaption>{caption}</figcaption>{svg(chart)}{legend}</figure>"
 
 
-def _header(run: RunFolder, rows: Sequence[Row], config: Mapping[str, Any]) -> str:
-    environment = _read_yaml(run.environment_file)  # JSON is YAML
+def _header(run: RunFolder, rows: Sequence[Row], config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     elapsed = series(rows, "time/elapsed")
     steps = series(rows, "reward/mean")
     facts = {
@@ -279,16 +304,14 @@ def _machine(environment: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, [*processors, *sizes]))
 
 
-def _samples(run: RunFolder) -> str:
-    """The first and the last step's good and bad rollouts, side by side."""
-    steps = run.rollout_steps()
-    if not steps:
-        return ""
-    columns = []
-    for step in dict.fromkeys((steps[0], steps[-1])):
-        cards = "".join(_card(rollout) for rollout in _chosen(run.read_rollouts(step).to_pylist()))
-        columns.append(f"<div><h3>Step {step}</h3>{cards or '<p>no scored rollout</p>'}</div>")
-    return f'<section><h2>What the model wrote</h2><div class="samples">{"".join(columns)}</div></section>'
+def _first_and_last(steps: Sequence[int]) -> list[int]:
+    return list(dict.fromkeys([*steps[:1], *steps[-1:]]))
+
+
+def _sample(run: RunFolder, step: int) -> str:
+    """A good and a bad rollout of a step, one above the other."""
+    cards = "".join(_card(rollout) for rollout in _chosen(run.read_rollouts(step).to_pylist()))
+    return f"<div><h3>Step {step}</h3>{cards or '<p>no scored rollout</p>'}</div>"
 
 
 def _chosen(rollouts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -320,7 +343,7 @@ def _written(rollout: Mapping[str, Any]) -> str:
 def _details(title: str, file: Path, is_open: bool = False) -> str:
     if not file.is_file():
         return ""
-    text = html.escape(file.read_text(encoding="utf-8"))
+    text = html.escape(file.read_text(encoding="utf-8", errors="replace"))
     return f"<details{' open' if is_open else ''}><summary>{title}</summary><pre>{text}</pre></details>"
 
 
@@ -340,7 +363,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     import yaml
 
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        raise ValueError("holds no names and values")
+    return content
 
 
 def _number(value: float) -> str:

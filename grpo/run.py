@@ -42,6 +42,35 @@ PACKAGES = ("grpo-toolkit", "torch", "vllm", "ray", "transformers", "wandb")
 MEASURED = ("time/", "throughput/", "engine/")
 
 
+BEST_FILE = "evaluation.json"  # in ``checkpoints/best``: what makes it the best
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """The best model by evaluation: the step it is of, and its held-out pass@1."""
+
+    step: int
+    score: float
+
+    def to_json(self) -> str:
+        return json.dumps({"step": self.step, "eval/pass@1": self.score}) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Best:
+        """
+        Raises:
+            ValueError: the text is not what ``to_json`` gives.
+        """
+        try:
+            record = json.loads(text)
+            return cls(step=int(record["step"]), score=float(record["eval/pass@1"]))
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{text!r} is no record of a best model") from error
+
+    def __str__(self) -> str:
+        return f"the model of step {self.step} (held-out pass@1 {self.score:.2f})"
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """Where the files of one run stand. ``RunFolder.create(Path("runs"), "r1_zero_arithmetic")`` or ``RunFolder.open(path)``."""
@@ -65,7 +94,7 @@ class RunFolder:
         if resume:
             return cls.open(path)
         if path.is_dir() and any((path / mark).exists() for mark in ("metrics.jsonl", "checkpoints", "rollouts", "eval")):
-            raise ConfigError("run.name", f"{str(path)!r} holds a run already", "choose another name, or go on with it: run.resume=true")
+            raise ConfigError("run.name", f"{str(path)!r} holds a run already", f"choose another name, or go on with it: grpo train {path}")
         _make_folder(path, exist_ok=True)
         with storage(path):
             (run := cls(path)).saved_mark.unlink(missing_ok=True)  # of a run whose files were removed by hand
@@ -127,6 +156,13 @@ class RunFolder:
     @property
     def best_checkpoint(self) -> Path:
         return self.checkpoints / "best"
+
+    def read_best(self) -> Best | None:
+        """Which model ``checkpoints/best`` is; None where there is none, or of an older version that kept no record."""
+        try:
+            return Best.from_json((self.best_checkpoint / BEST_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
     @property
     def saved_mark(self) -> Path:
@@ -291,7 +327,9 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: there are none; the message names the steps there are.
+            ConfigError: the file is damaged.
         """
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         file = self.rollout_file(step, folder)
@@ -299,7 +337,11 @@ class RunFolder:
             steps = self.rollout_steps(folder)
             there = f"there are {len(steps)}, from step {steps[0]} to {steps[-1]}" if steps else "there are none"
             raise FileNotFoundError(f"no {folder} of step {step} in {str(self.path)!r}: {there}")
-        return pq.read_table(file, partitioning=None)  # the path is ours: nothing in it is a partition key
+        try:
+            return pq.read_table(file, partitioning=None)  # the path is ours: nothing in it is a partition key
+        except (pa.ArrowException, OSError) as error:
+            problem = f"{str(file)!r} cannot be read: {' '.join(str(error).split())}"
+            raise ConfigError(folder, problem, "choose another --step, or remove the file: training needs it no more") from error
 
 
 def environment(conditions: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,10 +404,12 @@ def _format_row(row: Mapping[str, float]) -> str:
 
 def _parse_row(line: str, number: int, file: Path) -> dict[str, float]:
     try:
-        row = json.loads(line).items()
+        row = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
     except (ValueError, AttributeError):
         raise ValueError(f"{file}, line {number} is not a JSON object: the file was edited or damaged; remove the line") from None
-    return {key: math.nan if value is None else value for key, value in row}
+    if "step" not in row or not all(isinstance(value, int | float) for value in row.values()):
+        raise ValueError(f"{file}, line {number} is no row of a step's numbers: the file was edited or damaged; remove the line")
+    return row
 
 
 def _step_name(step: int) -> str:

@@ -85,6 +85,7 @@ def parse_reward(spec: str, option: str) -> tuple[RewardPart, BuiltIn]:
     if not words:
         raise ConfigError(option, "is empty", f"give one of {', '.join(BUILT_IN)}, an import path, or file.py:function")
     name, *settings = words
+    check_names_function(name, option)
     path, colon, function = name.rpartition(":")
     if name in BUILT_IN:
         built_in = BUILT_IN[name]
@@ -112,6 +113,15 @@ def parse_reward(spec: str, option: str) -> tuple[RewardPart, BuiltIn]:
     except ConfigError as error:
         raise ConfigError(option, str(error).removeprefix(f"reward.{label}").lstrip(".")) from error
     return part, built_in
+
+
+def check_names_function(name: str, option: str) -> None:
+    """
+    Raises:
+        ConfigError: a file alone is named.
+    """
+    if name.endswith(".py"):
+        raise ConfigError(option, f"{name!r} names a file, and none of its functions", f"write {name}:FUNCTION")
 
 
 def added_columns(judgement: Judgement | None, prefix: str) -> dict[str, Any]:

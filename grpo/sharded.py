@@ -29,7 +29,7 @@ from grpo.batch import Batch
 from grpo.layouts import LayoutName, ModelInputs
 from grpo.logprobs import head_logprobs
 from grpo.losses import Loss, Stat, TokenScores, merge
-from grpo.policy import OptimSettings, check_head, learning_rate, make_optimiser, to_device
+from grpo.policy import OptimSettings, check_head, learning_rate, make_optimiser, restore_moments, to_device
 from grpo.rollouts.weights import PackedWeights, Spec
 from grpo.types import Completion, FinishReason, Problem, Rollout
 
@@ -280,8 +280,8 @@ class ShardedPolicy:
             master = list(self.masters.values())[int(index)]
             self._incoming[int(index)][key] = _like(master, whole).clone() if whole.shape == master.shape else whole.clone()
 
-    def restore(self, param_groups: list[dict[str, Any]], num_updates: int, num_skipped: int) -> None:
-        self.optimiser.load_state_dict({"state": dict(self._incoming), "param_groups": param_groups})
+    def restore(self, num_updates: int, num_skipped: int) -> None:
+        restore_moments(self.optimiser, self._incoming)
         self.num_updates, self.num_skipped = num_updates, num_skipped
         self._incoming.clear()
 

@@ -47,6 +47,8 @@ def show(run: RunFolder, choice: Choice, console: Console) -> None:
     rows = run.read_rollouts(step, choice.folder).to_pylist()
     chosen = choose(rows, choice)
     console.print(summary(step, rows), markup=False, highlight=False)
+    if choice.folder == "eval" and (best := run.read_best()):
+        console.print(f"  checkpoints/best is {best}", markup=False, highlight=False)
     if not chosen:
         console.print(f"\n{nothing_found(rows, choice)}", markup=False, highlight=False)
     for row in chosen[: choice.limit]:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 
 from hydra import main as hydra_main
 from hydra.core.global_hydra import GlobalHydra
@@ -19,7 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import Config, ConfigError, keys
-from grpo.recipe import BUILT_IN, checked_grammar, first_line, groups, load_recipe, locate, prepare, replacements
+from grpo.recipe import BUILT_IN, checked_grammar, first_line, groups, load_recipe, locate, prepare, refuse_resume, replacements
 
 
 def sweep(recipe: str, overrides: Sequence[str], job: Callable[[Config], None]) -> None:
@@ -30,12 +31,15 @@ def sweep(recipe: str, overrides: Sequence[str], job: Callable[[Config], None]) 
     Raises:
         ConfigError: a value is wrong, two jobs would have one name, or a job found that it cannot work.
     """
-    _check_names([load_recipe(recipe, *combination) for combination in _single_choices(overrides)])
+    configs = [load_recipe(recipe, *combination) for combination in _single_choices(overrides)]
+    for config in configs:
+        refuse_resume(config)
+    _check_names(configs)
     folder, name = locate(recipe)
     whole = recipe if folder is None else str(folder / f"{name}.yaml")  # a job may be told to run in a folder of its own
     held_back, told = _of_hydra(overrides)
     search = [] if folder is None else [f"hydra.searchpath=[{BUILT_IN}]"]
-    quiet = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.sweep.dir=runs/.hydra"]
+    quiet = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
 
     def task(_: DictConfig) -> None:
         hydra = HydraConfig.get()
@@ -45,10 +49,11 @@ def sweep(recipe: str, overrides: Sequence[str], job: Callable[[Config], None]) 
             config.run.name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{hydra.job.num}_{label}"[:120]
         job(config)
 
-    before, sys.argv = sys.argv, ["grpo", "--multirun", *told, *search, *quiet]
+    before = sys.argv
     GlobalHydra.instance().clear()
     try:
-        with _errors_as_they_are():
+        with _errors_as_they_are(), _place_of_hydra(overrides) as place:
+            sys.argv = ["grpo", "--multirun", *search, *quiet, *place, *told]
             hydra_main(version_base="1.3", config_path=BUILT_IN if folder is None else str(folder), config_name=name)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError("--multirun", first_line(error), "hydra/sweeper=… and hydra/launcher=… choose Hydra's plugins") from error
@@ -90,6 +95,19 @@ def _open_node_anew(text: str) -> bool:
     if any(anew) and not all(anew):
         raise ConfigError(o.key_or_group, "a sweep cannot have names, or null, beside {…}", "write every one as {…}, or sweep twice")
     return any(anew)
+
+
+@contextmanager
+def _place_of_hydra(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Where Hydra leaves notes of its own, which a sweep in this process has no use for. Other launchers keep jobs and logs there."""
+    given = {o.key_or_group for o in OverridesParser.create().parse_overrides(checked_grammar(overrides))}
+    if "hydra.sweep.dir" in given:
+        yield []
+    elif "hydra/launcher" in given:
+        yield ["hydra.sweep.dir=runs/.hydra"]
+    else:
+        with TemporaryDirectory(prefix="grpo-sweep-") as folder:
+            yield [f"hydra.sweep.dir='{folder}'"]
 
 
 @contextmanager

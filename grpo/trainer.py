@@ -23,7 +23,7 @@ from grpo.metrics import eval_metrics, has_signal, rollout_metrics, staleness_me
 from grpo.rewards.health import RewardFailure, UnscoredStop
 from grpo.rollout_table import rollout_key
 from grpo.rollouts.dynamic import Draw, draw_groups
-from grpo.run import RunFolder
+from grpo.run import Best, RunFolder
 from grpo.types import Group, Problem
 from grpo.weight_sync import WeightSync
 
@@ -103,7 +103,7 @@ class Trainer:
     graders: UnscoredStop
     logger: Logger
     step: int = 0
-    best: float = -1.0
+    best: Best | None = None  # what ``checkpoints/best`` is
     elapsed: float = 0.0
     synced_version: int = -1
     times: Metrics = field(default_factory=dict)
@@ -221,7 +221,9 @@ class Trainer:
     def make_up(self, stop: StopSignal) -> None:
         """What the present step lacks: the evaluation at the start; or, stopped after its checkpoint, its evaluation and its row."""
         rows = self.run.read_metrics()
-        self.best = max((row["eval/pass@1"] for row in rows if row.get("eval/pass@1", -1.0) >= 0), default=-1.0)
+        self.best = self.run.read_best() or best_of(rows)
+        if self.best and self.best.step > self.step:
+            self.logger.note(f"checkpoints/best stays {self.best} until it is beaten, though this run goes on from step {self.step}")
         recorded = next((row for row in rows if row["step"] == self.step), {})
         missing = self.evaluation_due() and "eval/pass@1" not in recorded
         if missing or (self.row and not recorded):
@@ -238,9 +240,10 @@ class Trainer:
                 groups = self.evaluator(self.step)
         metrics = eval_metrics(groups, self.settings.eval_metric) | self.synced | {"policy/version": float(self.synced_version)}
         self.run.write_rollouts(self.step, groups, folder="eval")
-        if metrics["eval/pass@1"] > self.best:
-            checkpoint.save_model(self.learner.policy, self.run.best_checkpoint)
-            self.best = metrics["eval/pass@1"]
+        here = Best(step=self.step, score=metrics["eval/pass@1"])
+        if self.best is None or here.score > self.best.score:
+            checkpoint.save_best(self.run, self.learner.policy, here)
+            self.best = here
         return metrics
 
     def record(self, drawn: Draw, batch: Batch) -> None:
@@ -295,3 +298,8 @@ class Trainer:
         yield
         self.times[name] = self.times.get(name, 0.0) + time.monotonic() - start
 
+
+def best_of(rows: Sequence[Mapping[str, float]]) -> Best | None:
+    """The first of the highest evaluations: what ``checkpoints/best`` is in a run of a version that kept no record there."""
+    evaluated = [Best(step=int(row["step"]), score=row["eval/pass@1"]) for row in rows if row.get("eval/pass@1", -1.0) >= 0]
+    return max(evaluated, key=lambda best: best.score, default=None)

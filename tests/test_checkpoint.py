@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from grpo import checkpoint, randomness
 from grpo.config import ConfigError
-from grpo.run import RunFolder
+from grpo.run import Best, RunFolder
 from grpo.storage import StorageError
 
 
@@ -169,8 +169,8 @@ def test_files_in_folders_are_synced_checked_and_counted(run: RunFolder, tokeniz
     files = [run.checkpoint(4) / name for name in json.loads((run.checkpoint(4) / "checksums.json").read_text())]
     there = sum(file.stat().st_size for file in (*files, run.checkpoint(4) / "checksums.json"))
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
-    assert checkpoint.little_room(run, there // 28, moments=2, keep=1) is None
-    assert checkpoint.little_room(run, there // 28 + 1, moments=2, keep=1) is not None
+    assert checkpoint.little_room(run, there // 28, moments=2, keep=1, best=False) is None
+    assert checkpoint.little_room(run, there // 28 + 1, moments=2, keep=1, best=False) is not None
     _flip(run.checkpoint(4) / "additional_chat_templates" / "tool_use.jinja")
     assert checkpoint.damaged_file(run.checkpoint(4)) == "additional_chat_templates/tool_use.jinja is not what was written"
 
@@ -241,12 +241,37 @@ def test_too_small_a_disk_is_known_before_the_run(run: RunFolder, monkeypatch: p
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - free, free))
     there = sum(file.stat().st_size for step in (2, 3) for file in run.checkpoint(step).iterdir())  # what goes for the new ones
     free = 3 * 140_000_000 - there
-    assert checkpoint.little_room(run, 10_000_000, moments=2, keep=2) is None
+    assert checkpoint.little_room(run, 10_000_000, moments=2, keep=2, best=False) is None
     free -= 1
-    said = checkpoint.little_room(run, 10_000_000, moments=2, keep=2)
+    said = checkpoint.little_room(run, 10_000_000, moments=2, keep=2, best=False)
     assert said and "(2 that are kept and one that is written, 134 MiB each)" in said and "run.keep_checkpoints" in said
-    assert checkpoint.little_room(run, 10_000_000, moments=0, keep=2) is None
-    assert checkpoint.little_room(run, 10_000_000, moments=2, keep=1) is None
+    assert checkpoint.little_room(run, 10_000_000, moments=0, keep=2, best=False) is None
+    assert checkpoint.little_room(run, 10_000_000, moments=2, keep=1, best=False) is None
+
+
+def test_the_best_model_counts_as_room(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 10 million weights: 40 MB + 20 MB a checkpoint without moments, two of them; the best in bf16: 20 MB, which is 19.1 MiB.
+    free = 0
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - free, free))
+    checkpoint.save_best(run, Numbers(1.0), Best(step=1, score=0.25))  # type: ignore[arg-type]
+    there = sum(file.stat().st_size for name in ("step_000002", "step_000003", "best") for file in (run.checkpoints / name).iterdir())
+    free = 2 * 60_000_000 + 20_000_000 - there
+    assert checkpoint.little_room(run, 10_000_000, moments=0, keep=1, best=True) is None
+    free -= 1
+    said = checkpoint.little_room(run, 10_000_000, moments=0, keep=1, best=True)
+    assert said and "57 MiB each, and 19 MiB of the best model)" in said
+    assert checkpoint.little_room(run, 10_000_000, moments=0, keep=1, best=False) is None
+
+
+def test_the_best_model_says_which_it_is_under_its_checksums(run: RunFolder) -> None:
+    assert run.read_best() is None
+    checkpoint.save_best(run, Numbers(1.0), best := Best(step=7, score=1 / 3))  # type: ignore[arg-type]
+    assert run.read_best() == best
+    assert str(best) == "the model of step 7 (held-out pass@1 0.33)"
+    _flip(run.best_checkpoint / "evaluation.json")
+    assert checkpoint.damaged_file(run.best_checkpoint, needed="model.pt") == "evaluation.json is not what was written"
+    (run.best_checkpoint / "evaluation.json").write_text("[]")
+    assert run.read_best() is None
 
 
 def test_an_error_that_is_not_the_disks_stays_what_it_is(run: RunFolder) -> None:
@@ -319,18 +344,19 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_sound_checkpoint(run: RunFolde
 def test_the_best_model_is_there_at_every_moment_of_its_replacement(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged: bool
 ) -> None:
-    checkpoint.save_model(Numbers(1.0), run.best_checkpoint)  # type: ignore[arg-type]
+    checkpoint.save_best(run, Numbers(1.0), Best(step=1, score=0.25))  # type: ignore[arg-type]
     if not exchanged:
         def refuse(*_: Path) -> None:
             raise OSError(errno.EINVAL, "Invalid argument")
 
         monkeypatch.setattr(checkpoint, "_exchange", refuse)
     seen = set()
-    for _ in crashes(run, lambda: checkpoint.save_model(Numbers(2.0), run.best_checkpoint), tmp_path / "fresh"):  # type: ignore[arg-type]
+    for _ in crashes(run, lambda: checkpoint.save_best(run, Numbers(2.0), Best(step=2, score=0.5)), tmp_path / "fresh"):  # type: ignore[arg-type]
         if not exchanged:  # between its two renames there is none, until the run is gone on with
             checkpoint.rewind(run, 3)
         assert checkpoint.damaged_file(run.best_checkpoint, needed="model.pt") is None
-        seen.add(float(torch.load(run.best_checkpoint / "model.pt")["w"][0]))
+        seen.add(value := float(torch.load(run.best_checkpoint / "model.pt")["w"][0]))
+        assert run.read_best() == Best(step=int(value), score=value / 4), "the record goes with its model"
         checkpoint.rewind(run, 3)
         assert sorted(f.name for f in run.checkpoints.iterdir()) == ["best", "step_000002", "step_000003"]
     assert seen == {1.0, 2.0}

@@ -265,6 +265,13 @@ def test_jobs_may_have_names_that_differ(tmp_path: Path, monkeypatch: pytest.Mon
     jobs: list[Config] = []
     sweep(BUILT_IN, ["run.seed=0,1", "run.name='s${run.seed}'"], jobs.append)
     assert [job.run.name for job in jobs] == ["s0", "s1"]
+    assert list(tmp_path.iterdir()) == [], "Hydra's own notes are gone"
+
+
+def test_hydra_writes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep(BUILT_IN, ["run.seed=0,1", "hydra.sweep.dir=notes"], lambda _: None)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes"]
 
 
 # ---------------------------------------------------------------- paths
@@ -406,5 +413,5 @@ def test_a_run_whose_configuration_is_damaged_is_refused_in_words(tmp_path: Path
         with pytest.raises(ConfigError, match=r"run\.resume: .*config\.yaml is not the configuration of a run"):
             train(load_recipe("tiny_digits", *words))
     (run / "config.yaml").write_text("run: [")
-    with pytest.raises(ConfigError, match=r"run\.resume: .*config\.yaml is not YAML"):
+    with pytest.raises(ConfigError, match=r"run\.resume: .*config\.yaml is not the configuration of a run"):
         load_run(run)

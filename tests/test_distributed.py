@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo import aggregation, corrections, kl, objectives, tree_attention
 from grpo.batch import Batch, collate
+from grpo.config import ConfigError
 from grpo.distributed import DistributedPolicy, shares
 from grpo.imports import resolve
 from grpo.layouts import LayoutName, row_length, rows
@@ -336,7 +337,19 @@ def test_a_state_of_another_model_is_refused(ranks_of: Callable[[int], Ranks]) -
     before = dict(policy.weights())
     with pytest.raises(ValueError, match=r"state is of another model: 1 tensors differ: lm_head\.weight"):
         policy.load_state(alone(partial(toy, tied=False)).state())
+    with pytest.raises(ConfigError, match=r"^optim\.name: is adamw, and this run has begun with sgd: "):
+        policy.load_state(alone(partial(toy, seed=9), optim=SGD).state())
     assert apart(policy.weights(), before) == 0
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_the_settings_that_it_is_given(ranks_of: Callable[[int], Ranks]) -> None:
+    saved = alone().state()
+    for policy in (spread(ranks_of(1), optim=replace(ADAM, weight_decay=0.5)), alone(optim=replace(ADAM, weight_decay=0.5))):
+        policy.load_state(saved)
+        assert (
+            saved["optimiser"]["param_groups"][0]["weight_decay"] != 0.5 == policy.state()["optimiser"]["param_groups"][0]["weight_decay"]
+        )
 
 
 # ---------------------------------------------------------------- the reference

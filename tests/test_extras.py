@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from grpo import data_reasoning_gym
 from grpo.config import ConfigError
-from grpo.data import PromptFormat, check_disjoint, load_problems
+from grpo.data import PromptFormat, Row, check_disjoint, load_problems
 from grpo.rewards.base import parse_reward_config
 from grpo.rewards.runtime import RewardRuntime
 from grpo.types import Completion, FinishReason, Outcome, Problem, Score
@@ -85,13 +92,164 @@ def test_splits_share_no_problem_even_where_there_are_few() -> None:
 @needs_gym
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"task": "no_such"}, "'no_such' not registered"), ({"task": "chain_sum", "min_trms": 1}, "min_trms")],
+    [
+        ({"task": "no_such"}, "'no_such' not registered"),
+        ({"task": "chain_sum", "min_trms": 1}, "min_trms"),
+        ({"task": "chain_sum", "heldout": 0}, r"^data.problems.heldout: is 0, .*\n.*eval.problems=0"),
+        ({"task": "chain_sum", "size": 0}, "^data.problems.size: is 0"),
+        ({"task": "time_intervals", "min_date": date(2000, 1, 1)}, "date is not JSON serializable; write it as text"),
+        ({"task": "composite", "datasets": [{"name": "chain_sum", "config": {"min_trms": 1}}]}, "min_trms"),
+    ],
 )
 def test_wrong_settings_of_a_task_are_named(arguments: dict[str, Any], message: str) -> None:
     from grpo.data_reasoning_gym import reasoning_gym
 
     with pytest.raises(ConfigError, match=message):
         reasoning_gym("train", **arguments)
+
+
+HASHED = ("codeio", "isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder")  # walk through sets
+
+
+@needs_gym
+def test_problems_are_the_same_in_every_process() -> None:
+    """Else a resumed run would go on with other problems, and no two figures on held-out ones could be compared."""
+    program = "import json, sys; from grpo.data_reasoning_gym import *; print(json.dumps(reasoning_gym(**json.loads(sys.argv[1]))))"
+    order = {"split": "train", "task": "composite", "datasets": [{"name": name} for name in HASHED], "size": 24, "heldout": 12}
+    for split in ("train", "heldout"):
+        one, other = (
+            subprocess.run(
+                [sys.executable, "-c", program, json.dumps({**order, "split": split})],
+                env={**os.environ, "PYTHONHASHSEED": hash_seed},
+                stdout=subprocess.PIPE,
+                check=True,
+            ).stdout
+            for hash_seed in ("1", "2")
+        )
+        assert one == other
+    sources = {ast.literal_eval(row["reasoning_gym"]["entry"])["metadata"]["source_dataset"] for row in json.loads(one)}
+    assert len(sources) >= 4, "twelve draws from six"
+
+
+@needs_gym
+def test_gold_answers_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where entries hold tuples (arc_agi) or numpy's strings (knights_knaves)."""
+    monkeypatch.setenv("PYTHONHASHSEED", "1")  # of the workers
+    _check_gold([*HASHED, "arc_agi", "knights_knaves"], count=2)
+
+
+@needs_gym
+@pytest.mark.full
+def test_gold_answers_of_every_task_are_right() -> None:
+    from reasoning_gym.factory import DATASETS
+
+    _check_gold(sorted(DATASETS.keys() - {"composite"}), count=2)
+
+
+def _check_gold(tasks: list[str], count: int) -> None:
+    from grpo.data_reasoning_gym import reasoning_gym
+
+    found = [problem for task in tasks for problem in problems(reasoning_gym, "train", task=task, size=count, heldout=1)]
+    assert len(found) == count * len(tasks)
+    with_gold = [problem for problem in found if problem.answer]  # few tasks only say what is right when they see it
+    assert len(with_gold) > 0.9 * len(found)
+    judged = scores("grpo.rewards.reasoning_gym.score", [(f"<answer>{problem.answer}</answer>", problem) for problem in with_gold])
+    assert {problem.id: score for problem, score in zip(with_gold, judged, strict=True) if score.value != 1} == {}
+
+
+@needs_gym
+def test_an_answer_that_the_task_cannot_read_is_wrong_and_not_unscored() -> None:
+    from grpo.data_reasoning_gym import reasoning_gym
+
+    (problem,) = problems(reasoning_gym, "heldout", task="prime_factorization", heldout=1)
+    broken = {**problem.columns["reasoning_gym"], "entry": "{'question': '?', 'answer': 'many', 'metadata': {}}"}
+    said = [("<answer>two times three</answer>", problem), ("<answer>2</answer>", replace(problem, columns={"reasoning_gym": broken}))]
+    unread, ill = scores("grpo.rewards.reasoning_gym.score", said)
+    assert (unread.value, unread.outcome) == (0, Outcome.wrong_format) and "cannot read it: ValueError: invalid literal" in unread.detail
+    assert not ill.scored and ill.outcome is Outcome.error, "its gold answer cannot be read either"
+
+
+@needs_gym
+def test_a_mixture_of_tasks_each_with_its_settings() -> None:
+    """A sum of two terms has one operator; words in capitals are what an enum's member, which YAML cannot write, asks for."""
+    from grpo.data_reasoning_gym import reasoning_gym
+
+    datasets = [
+        {"name": "chain_sum", "config": {"min_terms": 2, "max_terms": 2, "allow_negation": False}},
+        {"name": "word_sorting", "weight": 2, "config": {"transformation": "uppercase"}},
+    ]
+    mixed = problems(reasoning_gym, "heldout", task="composite", datasets=datasets, heldout=30)
+    sums = [problem for problem in mixed if problem.answer.lstrip("-").isdigit()]
+    words = [problem for problem in mixed if problem not in sums]
+    assert len(words) > len(sums) > 0
+    assert all(len(re.findall(r"\d+ [+-] \d+", problem.prompt)) == 1 for problem in sums)
+    assert all(problem.answer == problem.answer.upper() for problem in words)
+    judged = scores("grpo.rewards.reasoning_gym.score", [(f"<answer>{problem.answer}</answer>", problem) for problem in mixed])
+    assert {score.value for score in judged} == {1}
+
+
+class Generator:
+    """Of problems that count how often they were made, as reasoning-gym's data sets look from outside."""
+
+    def __init__(self, metadata: list[dict[str, Any]]) -> None:
+        self.metadata, self.made = metadata, 0
+
+    def __len__(self) -> int:
+        return len(self.metadata)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.made += 1
+        return {"question": f"{index}?", "answer": str(self.made), "metadata": self.metadata[index]}
+
+
+def generated(monkeypatch: pytest.MonkeyPatch, *metadata: dict[str, Any]) -> list[Row]:
+    monkeypatch.setattr("grpo.data_reasoning_gym.dataset", lambda task, settings: Generator(list(metadata)))
+    return data_reasoning_gym._rows("train", "t", seed=0, wanted=5, settings={}, without=frozenset())
+
+
+def test_only_problems_that_can_be_stored_exactly_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No literal says NaN, infinity or an object; numpy's scalars are numbers and strings like others."""
+    rows = generated(
+        monkeypatch,
+        {"pair": (1, [2.5])},
+        {"x": float("nan")},
+        {"x": float("inf")},
+        {"x": object()},
+        {"x": np.float64(0.1), np.str_("y"): {np.int64(3)}},
+    )
+    assert [row["id"] for row in rows] == ["t/train/0", "t/train/4"]
+    entries = [row["reasoning_gym"]["entry"] for row in rows]
+    assert entries[0] == "{'question': '0?', 'answer': '1', 'metadata': {'pair': (1, [2.5])}}"
+    assert entries[1] == "{'question': '4?', 'answer': '5', 'metadata': {'x': 0.1, 'y': {3}}}"
+    with pytest.raises(ValueError, match=r"what no Python literal says.*'x': inf"):
+        generated(monkeypatch, {"x": float("inf")})
+
+
+def test_programs_that_return_something_else_each_time_are_no_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = generated(monkeypatch, {"source_dataset": "codeio"}, {"source_dataset": "chain_sum"})
+    assert [row["id"] for row in rows] == ["t/train/1"]
+
+
+def test_a_generator_that_dies_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match=r"task 'chain_sum' with \{\}: the process that generates the problems was ended by signal 9"):
+        data_reasoning_gym.reasoning_gym("train", task="chain_sum")
+
+
+def test_a_problem_without_its_entry_is_unscored(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo.rewards import reasoning_gym as reward
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    completion = Completion(
+        problem_id="p", index=0, prompt_ids=(1,), token_ids=(1,), text="<answer>1</answer>", logprobs=(0.0,), policy_versions=(0,),
+        finish_reason=FinishReason.stop,
+    )  # fmt: skip
+    stored = Problem(id="p", prompt="?", answer="1", columns={"reasoning_gym": {"task": "chain_sum", "settings": {}, "index": 0}})
+    with pytest.raises(ValueError, match="problem 'p' has no column 'reasoning_gym' with its entry"):
+        reward.score(completion, stored)
 
 
 # ---------------------------------------------------------------- verifiers

@@ -19,7 +19,10 @@ from rich.console import Console
 from grpo.config import ConfigError, WandbConfig, WandbMode
 from grpo.console import (
     ConsoleLogger,
+    Terminal,
+    best_line,
     clip,
+    does_limit_hurt,
     evaluation_line,
     printable,
     prompt_tail,
@@ -30,10 +33,11 @@ from grpo.console import (
     warnings,
 )
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger, has_wandb_key, wandb_mode
-from grpo.run import RunFolder
+from grpo.run import Best, RunFolder
+from grpo.toy import toy_group
 from grpo.types import Completion, FinishReason, Group, Problem, Rollout, Score
 
-CONFIG = {"run": {"steps": 60}, "eval": {"temperature": 1.0}, "optim": {"lr": 1e-5}}
+CONFIG = {"run": {"steps": 60}, "eval": {"temperature": 1.0, "metric": "accuracy"}, "optim": {"lr": 1e-5}}
 STEP = {
     "reward/mean": 0.5,
     "reward/accuracy/mean": 0.25,
@@ -324,6 +328,54 @@ def test_warnings_in_words() -> None:
     assert "k3 is 0.2, above 0.1" in warnings([{**STEP, "sampler/k3": 0.2}])[0]
     assert "not finite" in warnings([{**STEP, "policy/loss": float("nan")}])[0]
     assert warnings([{**STEP, "rollout/unscored": 3.0}])[0].startswith("3 completions could not be scored")
+
+
+def test_a_cut_off_completion_may_be_right() -> None:
+    """As one token for one digit: rewards are whether it passes, then whether it was cut off."""
+
+    def costs(passed: list[float], cut: list[bool]) -> bool:
+        return does_limit_hurt([toy_group("a", passed, [1] * 4, truncated=cut, parts=[{"accuracy": p} for p in passed])], "accuracy")
+
+    assert not costs([1, 0, 0, 0], [True] * 4), "nothing ended, and one passes"
+    assert costs([0, 0, 0, 0], [True] * 4), "none passes"
+    assert not costs([1, 0, 0, 0], [True, True, True, False]), "1 of 3 against 0 of 1"
+    assert costs([1, 0, 1, 1], [True, True, False, False]), "1 of 2 against 2 of 2"
+    cut = {**STEP, "completion/truncated_share": 0.98}
+    assert warnings([cut], limit_hurts=True) and not warnings([cut], limit_hurts=False)
+
+
+def test_the_first_step_of_tiny_digits_is_no_reason_to_warn(run: RunFolder) -> None:
+    for passed, warned in ((1.0, 0), (0.0, 1)):
+        file = io.StringIO()
+        logger = ConsoleLogger(sample_every=0, console=Console(file=file, width=160))
+        logger.start(CONFIG, run, None)
+        logger.log_rollouts(1, [toy_group("a", [passed, 0], [1, 1], truncated=[True, True], parts=[{"accuracy": passed}, {"accuracy": 0}])])
+        logger.log(1, {**STEP, "completion/truncated_share": 1.0})
+        assert file.getvalue().count("raise rollout.max_new_tokens") == warned
+
+
+def test_the_end_says_which_model_is_the_best(run: RunFolder) -> None:
+    best = Best(step=22, score=0.87)
+    recorded = [{"step": 22, **EVALUATION, "eval/pass@1": 0.87}]
+    assert best_line(best, [*recorded, {"step": 23, **STEP}]) == "checkpoints/best is the model of step 22 (held-out pass@1 0.87)"
+    assert best_line(best, recorded) == "", "it need not be said"
+    for other in ([{"step": 22, **EVALUATION}], [{"step": 4, **EVALUATION}], []):
+        assert best_line(best, other).endswith("0.87), made before this run went back to an earlier checkpoint")
+    run.best_checkpoint.mkdir(parents=True)
+    for score, said in ((0.87, 0), (0.9, 1)):
+        (run.best_checkpoint / "evaluation.json").write_text(Best(step=22, score=score).to_json())
+        assert show(160, run).count("checkpoints/best is") == said
+
+
+def test_a_reader_that_has_gone_is_told_to_whoever_prints() -> None:
+    """rich itself ends the process."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with pytest.raises(BrokenPipeError), os.fdopen(writing, "w") as file:
+        console = Terminal(file=file)
+        with pytest.raises(BrokenPipeError):
+            console.print("said to nobody")
+        console.print("nor this")
 
 
 def test_a_warning_is_not_repeated_every_step(run: RunFolder) -> None:

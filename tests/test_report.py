@@ -138,6 +138,34 @@ def test_a_whole_run(run: RunFolder) -> None:
     assert len(page) < 400_000
 
 
+DAMAGE: dict[str, bytes] = {
+    "metrics.jsonl": b'{"step": 1}\n{"st\n{"step": 2}\n',
+    "config.yaml": b"run: [",
+    "environment.json": b"{",
+    "objective.md": b"\xff\xfe",
+    "rollouts/step_000001.parquet": b"PAR1",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_left_out_and_named(run: RunFolder, name: str) -> None:
+    run.write_objective("J(θ)\n")
+    run.write_environment({"cpu": "a processor"})
+    for step in (1, 2):
+        run.append_metrics(step_row(step))
+        run.write_rollouts(step, [group("it is 7")])
+    (run.path / name).write_bytes(DAMAGE[name])
+    page = write_report(run).read_text(encoding="utf-8")
+    check(page)
+    shown = {"metrics.jsonl": "2 of 60", "config.yaml": "tiny/model", "environment.json": "a processor", "objective.md": "J(θ)"}
+    shown["rollouts/step_000001.parquet"] = "<h3>Step 1</h3>"
+    for file, fact in shown.items():
+        assert (fact in page) is (file != name and (file, name) != ("metrics.jsonl", "config.yaml")), file  # "2 of ?": of both files
+    assert "<h3>Step 2</h3>" in page
+    if name != "objective.md":  # shown with replacement characters
+        assert re.search(rf"<h2>Left out</h2><ul><li>{re.escape(name.rpartition('/')[2])}: .+</li></ul>", page)
+
+
 @pytest.mark.parametrize("num_rows", [0, 1, 2])
 def test_a_run_that_hardly_began(run: RunFolder, num_rows: int) -> None:
     for step in range(1, num_rows + 1):

@@ -38,7 +38,7 @@ def differences(whole: RunFolder, other: RunFolder) -> list[str]:
         found.append(f"files: {sorted(files(whole) ^ files(other))}")
     for step in checkpoint.steps(whole):
         found += [f"checkpoint {step}: {place}" for place in unequal(state(whole, step), state(other, step))]
-    for file in sorted(whole.checkpoints.glob("*/*.safetensors")):
+    for file in sorted([*whole.checkpoints.glob("*/*.safetensors"), *whole.best_checkpoint.glob("*.json")]):
         if file.read_bytes() != (other.checkpoints / file.relative_to(whole.checkpoints)).read_bytes():
             found.append(str(file.relative_to(whole.path)))
     found += [f"metrics {place}" for place in unequal(rows(whole), rows(other))]

@@ -171,7 +171,7 @@ def test_a_start_that_failed_does_not_block_its_name(tmp_path: Path) -> None:
 
 def test_a_run_is_not_overwritten_but_can_be_resumed(tmp_path: Path, run: RunFolder) -> None:
     run.append_metrics({"step": 0})
-    with pytest.raises(ConfigError, match=r"run.name: .* holds a run already\n.*run.resume=true"):
+    with pytest.raises(ConfigError, match=r"run.name: .* holds a run already\n.*grpo train .*"):
         RunFolder.create(tmp_path, "recipe", "name")
     assert RunFolder.create(tmp_path, "recipe", "name", resume=True) == run
     with pytest.raises(ConfigError, match="does not exist"):
@@ -293,6 +293,13 @@ def test_metrics_survive_nan_and_a_torn_last_line(run: RunFolder) -> None:
 def test_a_damaged_line_in_the_middle_is_an_error(run: RunFolder, line: str) -> None:
     run.metrics_file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     with pytest.raises(ValueError, match="line 2 is not a JSON object"):
+        run.read_metrics()
+
+
+@pytest.mark.parametrize("line", ["{}", '{"reward/mean": 0.5}', '{"step": 2, "reward/mean": "0.5"}'])
+def test_a_line_that_is_no_row_is_an_error(run: RunFolder, line: str) -> None:
+    run.metrics_file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(ValueError, match=r"line 2 is no row of a step's numbers: .*remove the line"):
         run.read_metrics()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,8 +29,8 @@ from grpo.recipe import load_recipe, load_run
 from grpo.rewards.health import RewardFailure
 from grpo.rollouts.collect import Collector
 from grpo.rollouts.paced import PacedCollector
-from grpo.run import RunFolder
-from grpo.trainer import Trainer
+from grpo.run import Best, RunFolder
+from grpo.trainer import Trainer, best_of
 
 from . import tiny_runs
 
@@ -157,6 +158,75 @@ def test_resume_is_exact(tmp_path: Path, tiny_model: str, algo: str, settings: S
         assert halves.rollout_steps(folder) == straight.rollout_steps(folder)  # type: ignore[arg-type]
         for step in straight.rollout_steps(folder):  # type: ignore[arg-type]
             assert halves.read_rollouts(step, folder).equals(straight.read_rollouts(step, folder)), (folder, step)  # type: ignore[arg-type]
+
+
+def evaluated_each_step(folder: Path, model: str, rewards: str = REWARDS) -> str:
+    run = {"steps": 4, "checkpoint_every": 2, "dir": str(folder / "runs")}
+    return tiny_runs.write_recipe(folder, model, rewards=rewards, run=run, eval={"every": 1, "problems": 8})
+
+
+THREE_DIGITS = '''
+def digits(completion, problem):
+    return float(sum(c.isdigit() for c in completion.text) >= 2)
+'''
+
+
+def test_the_best_model_of_a_killed_run_is_that_of_the_whole_one(tmp_path: Path, tiny_model: str) -> None:
+    """Its steps 3 and 4 are made again, with a ``best`` from the first time there: no step is skipped, and none taken for better."""
+    recipe = evaluated_each_step(tmp_path, tiny_model, THREE_DIGITS)
+    straight, killed = (run_recipe(recipe, "optim.lr=1e-2", f"run.name={name}") for name in ("straight", "killed"))
+    scores = {row["step"]: row["eval/pass@1"] for row in straight.read_metrics()}
+    best = straight.read_best()
+    assert best and best.score == max(scores.values()) == scores[best.step] and best.step > 2, scores
+    shutil.rmtree(killed.checkpoint(4))
+    go_on(killed)
+    for file in straight.best_checkpoint.iterdir():
+        assert file.read_bytes() == (killed.best_checkpoint / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize(("score", "beaten"), [(1.0, False), (0.5, True)])
+def test_a_best_model_of_discarded_steps_stays_until_it_is_beaten(
+    tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str], score: float, beaten: bool
+) -> None:
+    """Of step 9, in a run that goes on from step 2; here all pass, so that each evaluation gives 1."""
+    recipe = evaluated_each_step(tmp_path, tiny_model, "def digits(completion, problem):\n    return 1.0\n")
+    run = run_recipe(recipe, "run.steps=2", "run.name=first")
+    assert run.read_best() == Best(step=0, score=1.0), "the first of equals"
+
+    class Other:
+        def save(self, folder: Path) -> None:
+            (folder / "model.safetensors").write_bytes(b"of step 9")
+
+    checkpoint.save_best(run, Other(), discarded := Best(step=9, score=score))  # type: ignore[arg-type]
+    go_on(run, "run.steps=3", "logger.console=true")
+    said = " ".join(capsys.readouterr().out.split())
+    stays = f"checkpoints/best stays the model of step 9 (held-out pass@1 {score:.2f})"
+    assert f"{stays} until it is beaten, though this run goes on from step 2" in said
+    assert run.read_best() == (Best(step=3, score=1.0) if beaten else discarded)
+    assert checkpoint.damaged_file(run.best_checkpoint, needed="model.safetensors") is None
+    assert ("made before this run went back to an earlier checkpoint" in said) is not beaten
+
+
+def test_a_run_whose_best_model_has_no_record_goes_by_its_rows() -> None:
+    """Of an older version: the first of the highest."""
+    rows = [{"step": 0, "eval/pass@1": 0.25}, {"step": 1}, {"step": 2, "eval/pass@1": 0.5}, {"step": 4, "eval/pass@1": 0.5}]
+    assert best_of(rows) == Best(step=2, score=0.5)
+    assert best_of(rows[1:2]) is None and best_of([{"step": 0, "eval/pass@1": math.nan}]) is None
+
+
+def test_a_report_neither_fails_a_run_nor_hides_why_it_failed(recipe: str) -> None:
+    run = run_recipe(recipe, "run.steps=2", "run.name=first")
+    run.rollout_file(1).write_bytes(b"PAR1")
+    go_on(run, "run.steps=3")
+    assert "step_000001.parquet" in run.report_file.read_text()
+    run.report_file.unlink()
+    run.report_file.mkdir()  # it cannot be written at all
+    with pytest.warns(UserWarning, match="the report could not be written"):
+        go_on(run, "run.steps=4")
+    assert checkpoint.steps(run)[-1] == 4
+    (Path(recipe).parent / "my_rewards.py").write_text("def digits(completion, problem):\n    raise RuntimeError('a bug of mine')\n")
+    with pytest.warns(UserWarning, match="the report could not be written"), pytest.raises(RewardFailure, match="a bug of mine"):
+        go_on(run, "run.steps=5", "run.exact=false")
 
 
 def test_resume_without_its_checkpoints_says_so(recipe: str) -> None:
