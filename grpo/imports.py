@@ -122,6 +122,8 @@ def _check_arguments(
 
 def _read_source(target: str, key: str) -> str | None:
     path, _, name = target.rpartition(":")
+    if target.endswith(".py"):
+        raise ConfigError(key, f"{target!r} names a file, and none of its functions", f"write {target}:FUNCTION")
     if not path.endswith(".py"):
         if ":" in target or "." not in target:
             raise ConfigError(

@@ -108,6 +108,7 @@ def test_a_users_file_shadows_nothing(tmp_path: Path) -> None:
         ({"fn": ""}, "reward.x.fn: is missing"),
         ({"fn": 3}, "reward.x.fn: is missing"),
         ({"fn": "accuracy"}, "reward.x.fn: 'accuracy' is neither an import path nor a file\n  → write"),
+        ({"fn": "./own.py"}, "reward.x.fn: './own.py' names a file, and none of its functions\n  → write ./own.py:FUNCTION"),
         ({"fn": "grpo.nowhere.f"}, "reward.x.fn: cannot load 'grpo.nowhere.f': No module named 'grpo.nowhere'\n  → "),
         ({"fn": "grpo.kl.k9"}, "reward.x.fn: cannot load 'grpo.kl.k9': module 'grpo.kl' has no attribute 'k9'\n  → "),
         ({"fn": "grpo.types.__doc__"}, "reward.x.fn: 'grpo.types.__doc__' is a str, not a function\n  → "),

@@ -240,9 +240,9 @@ def test_conditions_are_in_the_checkpoint_and_before_the_first_in_the_environmen
     ("words", "override", "says"),
     [
         (("rollout.max_staleness=1",), "rollout.max_staleness=0", "rollout.max_staleness: is 0, and this run has begun"),
-        ((), "rollout.max_new_tokens=5000", "max_new_tokens=5000 do not fit"),
+        ((), "rollout.max_new_tokens=5000", "do not fit, with rollout.max_new_tokens=5000"),
     ],
-    ids=["by the trainer's state", "by the engine"],
+    ids=["by the trainer's state", "for want of room"],
 )
 def test_a_setting_that_is_refused_is_not_kept(workshop: Workshop, words: tuple[str, ...], override: str, says: str) -> None:
     name = f"refused_{len(words)}"
