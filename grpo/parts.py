@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -371,9 +372,15 @@ class GroupMakers:
             completions_per_problem=samples,
             weights=self.checked.reward_weights,
             seed=seed,
+            judge=_judge(self.checked),
             score_when=whole if any(part.style.whole_batch for part in self.checked.rewards) else ScoreWhen.each,
             lockstep=_in_lockstep(self.checked.config),
         )
+
+
+def _judge(checked: Plan) -> str:
+    """A digest of the reward parts, the text of their functions' files and arguments included, and of all weights."""
+    return hashlib.blake2b(repr((checked.rewards, checked.reward_weights)).encode(), digest_size=16).hexdigest()
 
 
 def _in_lockstep(config: Config) -> bool:

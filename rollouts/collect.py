@@ -34,6 +34,7 @@ class Groups:
 
     Args:
         weights: reward part → its weight in the sum.
+        judge: tells rewards that may score otherwise apart: what other ones have scored ahead is scored again when a run goes on.
         score_when: how much the rewards want to see at once.
         lockstep: see ``Assembly``; for schedules that are exact to the bit.
     """
@@ -45,6 +46,7 @@ class Groups:
     completions_per_problem: int
     weights: Mapping[str, float]
     seed: int
+    judge: str = ""
     environment: Callable[[], Environment] = SingleTurn
     score_when: ScoreWhen = ScoreWhen.each
     lockstep: bool = False

@@ -207,7 +207,7 @@ class PacedCollector:
         with self._paused(), self._assembly.still():  # also when something has failed: what there is can be saved
             groups = [saved(group) for group in self._under_way]
         pace = {"batch": self._batch, "max_staleness": self._max_staleness}
-        return {"position": self._begun.position, "groups": groups, "pace": pace}
+        return {"position": self._begun.position, "groups": groups, "pace": pace, "judge": self._groups.judge}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; before the first ``take``.
@@ -222,7 +222,7 @@ class PacedCollector:
                 what = f"no longer have problem {plain['problem']!r}, of which this run has begun a group"
                 raise ConfigError("data.problems", what, "leave the data as they were")
             group = self._groups.begin(by_id[plain["problem"]], plain["draw"])
-            put_back(group, plain)
+            put_back(group, plain, as_judged=state["judge"] == self._groups.judge)
             groups.append(group)
         if groups:
             self._check_pace(len(groups), state["pace"])

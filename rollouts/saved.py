@@ -19,13 +19,16 @@ def saved(group: GroupInMaking) -> dict[str, Any]:
     failed to score is scored again: they may have been repaired."""
     scored = {index: rollout for index, rollout in group.rollouts.items() if not _failed_to_score(rollout)}
     open_ones = [episode for episode in group.episodes if episode.index not in scored]
+    own = {episode.index: sorted(episode.scores) for episode in group.episodes}
     return {
         "problem": group.problem.id,
+        "asked": [group.problem.prompt, group.problem.answer],
         "draw": group.draw,
         "rollouts": {
             index: {
                 "completion": _plain(rollout.completion),
                 "scores": {name: _plain(score) for name, score in rollout.scores.items()},
+                "own": own[index],  # those of its environment
                 "reward": rollout.reward,
             }
             for index, rollout in scored.items()
@@ -43,21 +46,32 @@ def saved(group: GroupInMaking) -> dict[str, Any]:
     }
 
 
-def put_back(group: GroupInMaking, plain: Mapping[str, Any]) -> None:
+def put_back(group: GroupInMaking, plain: Mapping[str, Any], *, as_judged: bool) -> None:
     """The reverse, into a group of which nothing is there yet. It may have more rollouts than it had, and not fewer.
 
+    Args:
+        as_judged: the rewards are those that it was scored by; otherwise what was scored is scored again.
+
     Raises:
-        ConfigError: it has fewer.
+        ConfigError: it has fewer, or its problem is another one by now.
     """
+    if [group.problem.prompt, group.problem.answer] != plain["asked"]:
+        what = f"problem {group.problem.id!r}, of which this run has begun a group ahead, is another one now"
+        raise ConfigError("data.problems", what, "leave the data, and run.seed, as they were")
     indices = {*plain["rollouts"], *plain["over"], *plain["begun"]}
     if lost := indices - {episode.index for episode in group.episodes}:
         now = f"is {len(group.episodes)}, and this run has begun a group of {max(lost) + 1} or more"
         raise ConfigError("rollout.completions_per_problem", now, "leave it as it was, or raise it")
-    for index, rollout in plain["rollouts"].items():
-        completion, scores = _completion(rollout["completion"]), _scores(rollout["scores"])
-        group.rollouts[index] = Rollout(problem=group.problem, completion=completion, scores=scores, reward=rollout["reward"])
     for episode in group.episodes:
-        if episode.index in plain["over"]:
+        if episode.index in plain["rollouts"]:
+            rollout = plain["rollouts"][episode.index]
+            completion, scores = _completion(rollout["completion"]), _scores(rollout["scores"])
+            episode.completion, episode.scores = completion, {name: scores[name] for name in rollout["own"]}
+            if as_judged:
+                group.rollouts[episode.index] = Rollout(
+                    problem=group.problem, completion=completion, scores=scores, reward=rollout["reward"]
+                )
+        elif episode.index in plain["over"]:
             over = plain["over"][episode.index]
             episode.completion, episode.scores = _completion(over["completion"]), _scores(over["scores"])
         elif episode.index in plain["begun"]:

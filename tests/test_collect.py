@@ -424,6 +424,39 @@ def test_what_could_not_be_scored_is_scored_again_after_a_resume() -> None:
         check_whole(again.collect(again.take(4), 1), [group.problem for group in found])
 
 
+def test_what_other_rewards_scored_ahead_is_scored_again() -> None:
+    class Doubled(Lengths):
+        def score(
+            self, completions: Sequence[Completion], problems: Sequence[Problem], progress: Progress | None = None
+        ) -> list[dict[str, Score]]:
+            return [{"length": Score(value=2 * s["length"].value)} for s in super().score(completions, problems)]
+
+    with closing(paced(TokenEngine(), Lengths(), 1, judge="lengths")) as collector:
+        found = collector.collect(collector.take(4), 1)
+        state = collector.state()
+    finished = sum(len(plain["rollouts"]) for plain in state["groups"])
+    for judge, runtime, factor, asked in (("lengths", Lengths(), 1, False), ("doubled", Doubled(), 2, True)):
+        with closing(paced(TokenEngine(), runtime, 1, judge=judge)) as again:
+            again.load_state(state)
+            same = again.collect(again.take(4), 1)
+        scored = {pair for call in runtime.calls for pair in call}
+        assert [r.completion for g in same for r in g.rollouts] == [r.completion for g in found for r in g.rollouts]
+        assert [r.reward for g in same for r in g.rollouts] == [factor * r.reward for g in found for r in g.rollouts]
+        assert finished >= 4 * SAMPLES and ((found[0].problem.id, 0) in scored) is asked
+
+
+def test_groups_are_not_put_back_under_another_question() -> None:
+    """Rows that have no id of their own are called by their places, which other data have too."""
+    with closing(paced(TokenEngine(), Lengths(), 1)) as collector:
+        collector.collect(collector.take(4), 1)
+        state = collector.state()
+    others = [Problem(id=p.id, prompt=p.prompt + "!", answer="") for p in problems(60)]
+    source = ProblemSource(others, 0)
+    again = PacedCollector(groups=groups_of(TokenEngine(), Lengths()), source=source, batch=4, max_staleness=1)
+    with closing(again), pytest.raises(ConfigError, match=r"data\.problems: problem 'p\d+', of which this run has begun a group .* another"):
+        again.load_state(state)
+
+
 def test_a_run_that_sampled_ahead_does_not_go_on_without() -> None:
     with closing(paced(TokenEngine(), Lengths(), 1)) as collector:
         collector.collect(collector.take(4), 1)
