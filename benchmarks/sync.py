@@ -6,7 +6,7 @@
 The first form loads the recipe's model (SmolLM2-135M, 269 MB in bfloat16) into vLLM ``--repeats`` times, each with the whole proof, and
 prints the best wall time beside its ratio to that in one process. *process*: trainer and engine in one. The others: a pool of one engine,
 with all cores. The first load of each is not counted: it maps memory. The second form reads ``time/sync`` (with the probe) and
-``time/step`` of a run's metrics and prints the median share.
+``time/step`` of a run's metrics and prints the share of all steps' time, evaluations included, and that of single steps.
 """
 
 from __future__ import annotations
@@ -75,11 +75,13 @@ def share(run: Path) -> str:
     if not steps:
         return f"{run} has no step with a sync"
     shares = [100 * sync / step for sync, step in steps]
-    syncs, whole = zip(*steps, strict=True)
+    syncs, _ = zip(*steps, strict=True)
+    all_steps = sum(row.get("time/step", 0.0) for row in rows)
     tested = [f"; self-test {row['time/self_test']:.1f} s" for row in rows if "time/self_test" in row]
     return (
-        f"{len(steps)} steps: sync {statistics.median(syncs):.2f} s of {statistics.median(whole):.1f} s, "
-        f"median share {statistics.median(shares):.1f} % ({min(shares):.1f}–{max(shares):.1f} %)" + "".join(tested[:1])
+        f"sync {sum(syncs):.1f} s of the {all_steps:.0f} s of all steps, {100 * sum(syncs) / all_steps:.1f} %; of the {len(steps)} steps that "
+        f"had one {statistics.median(syncs):.2f} s and {statistics.median(shares):.1f} % in the median, {min(shares):.1f} to {max(shares):.1f} %"
+        + "".join(tested[:1])
     )
 
 

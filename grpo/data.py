@@ -196,7 +196,8 @@ def check_prompts(problems: Sequence[Problem], split: str, num_tokens: Callable[
     """
     unfit = []
     for problem in problems:
-        # A token is a byte or more, but for those that a tokenizer begins a text with: few prompts need be looked at closely.
+        # A token is a byte or more, but for those that a tokenizer begins a text with: few prompts need be looked at closely. Where a
+        # normaliser lengthens a text, what slips through is refused by the engine when its turn comes.
         if problem.prompt.strip() and len(problem.prompt.encode()) + _BEGINNING + max_new_tokens <= room:
             continue
         length = num_tokens(problem.prompt)

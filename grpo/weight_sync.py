@@ -15,7 +15,7 @@ from torch import Tensor
 from grpo.batch import collate
 from grpo.policy import Metrics, Policy
 from grpo.rollouts.base import Engine, ServedEngine, SyncReport
-from grpo.rollouts.proof import Arrivals, SelfTest, check_sent, probe_difference, self_test
+from grpo.rollouts.proof import Passing, SelfTest, check_sent, probe_difference, self_test
 from grpo.rollouts.weights import WeightStream
 from grpo.types import Completion, Group, Problem, Request, Rollout, Sampling
 
@@ -100,12 +100,12 @@ class WeightSync:
         """Load the policy's weights; what an engine in this process says it got is what was sent. A pool asks each of its own engines."""
         if not isinstance(self._engine, ServedEngine):
             return self._engine.load_weights(self._policy.weights(), version)
-        stream, arrivals = WeightStream.of(self._policy.weights()), Arrivals()
-        tensors = arrivals.passing(stream)
+        stream, sent = WeightStream.of(self._policy.weights()), Passing()
+        tensors = sent.passing(stream)
         report = self._engine.load_weights(WeightStream(stream.specs, tensors), version)
         for _ in tensors:
             """What it did not take was sent all the same."""
-        check_sent(arrivals.digests, version, report, "the engine")
+        check_sent(sent.digests, version, report, "the engine")
         return report
 
 

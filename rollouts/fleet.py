@@ -211,7 +211,7 @@ class Fleet:
         elif isinstance(value, SyncReport):
             assert slot.holds is not None
             slot.report = value
-            check_sent(slot.holds.arrivals.digests, slot.holds.version, value, f"engine {slot.number} of {len(self.slots)}")
+            check_sent(slot.holds.passed.digests, slot.holds.version, value, f"engine {slot.number} of {len(self.slots)}")
         elif isinstance(value, list):
             slot.answer = value
         slot.answered(ref)

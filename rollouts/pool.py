@@ -206,7 +206,7 @@ class EnginePool(Serving):
                 for slot in loading:
                     fleet.load(slot, sent)
                 try:
-                    for tensors in handfuls(sent.arrivals.passing(stream)):
+                    for tensors in handfuls(sent.passed.passing(stream)):
                         sent.parcels.append(self._transfer.send(tensors))
                         for slot in loading:
                             slot.bring(sent.parcels[-1])
@@ -229,8 +229,8 @@ class EnginePool(Serving):
             reports = [slot.report for slot in fleet.ready() if slot.report is not None]
         return SyncReport(
             version=version,
-            digests=sent.arrivals.digests,
-            num_bytes=sent.arrivals.num_bytes,
+            digests=sent.passed.digests,
+            num_bytes=sent.passed.num_bytes,
             seconds=time.monotonic() - start,
             read_back=min(report.read_back for report in reports),
             num_engines=len(reports),

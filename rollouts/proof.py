@@ -89,9 +89,26 @@ class Part:
         return tensor.narrow(self.dim, self.start, self.length)
 
 
-@dataclass(slots=True, kw_only=True)
-class Arrivals:
-    """Notes on weights as they pass by on their way into a model.
+@dataclass(kw_only=True)
+class Passing:
+    """Notes on weights as they pass by."""
+
+    digests: dict[str, str] = field(default_factory=dict)
+    num_bytes: int = 0
+
+    def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            self.note(name, tensor)
+            yield name, tensor
+
+    def note(self, name: str, tensor: Tensor) -> None:
+        self.digests[name] = digest(tensor)
+        self.num_bytes += tensor.numel() * tensor.element_size()
+
+
+@dataclass(kw_only=True)
+class Arrivals(Passing):
+    """The same on their way into a model, and what it should then hold.
 
     Args:
         dtypes: types the model holds its tensors in, where they may differ from those that come.
@@ -100,21 +117,16 @@ class Arrivals:
 
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     parts: Mapping[str, Sequence[Part]] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)  # as it came
     to_hold: dict[str, str] = field(default_factory=dict)  # the values as they should be read back
-    num_bytes: int = 0
 
-    def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in weights:
-            held = tensor
-            for part in self.parts.get(name, ()):
-                held = part.of(held)
-            held = held.to(self.dtypes.get(name, tensor.dtype))
-            self.digests[name] = digest(tensor)
-            same = held.shape == tensor.shape and held.dtype == tensor.dtype and not has_negative_zero(tensor)
-            self.to_hold[name] = self.digests[name] if same else digest_of_values(held)
-            self.num_bytes += tensor.numel() * tensor.element_size()
-            yield name, tensor
+    def note(self, name: str, tensor: Tensor) -> None:
+        super().note(name, tensor)
+        held = tensor
+        for part in self.parts.get(name, ()):
+            held = part.of(held)
+        held = held.to(self.dtypes.get(name, tensor.dtype))
+        same = held.shape == tensor.shape and held.dtype == tensor.dtype and not has_negative_zero(tensor)
+        self.to_hold[name] = self.digests[name] if same else digest_of_values(held)
 
     def check_held(self, held: Mapping[str, Sequence[str]]) -> int:
         """Compare with what was read back from the model; returns how many tensors could be.

@@ -3,9 +3,9 @@
 vLLM merges projections (``qkv_proj``) and its CPU build keeps linear layers packed for the matrix unit, the original gone. A packed
 layer is read by what it computes: rows of the identity matrix through it give columns of its weight, exactly, since each sum has one
 term that is not zero. So the very copy is read that the samples are computed with: a tied head whose packed copy was not renewed
-shows at once. All columns of 135M parameters are 0.2 TFLOP, so an eighth of every matrix is read at a time, another each time. A stale
-tensor shows in any eighth: even at a learning rate of 1e-6 a step changes some hundred of a bfloat16 matrix's entries. One number that
-was not applied shows within eight times, if it stays so.
+shows at once. All columns of 135M parameters are 0.2 TFLOP, so a sixteenth of every matrix is read at a time, another each time. A stale
+tensor shows in any of them: even at a learning rate of 1e-6 a step changes some hundred of a bfloat16 matrix's entries. One number that
+was not applied shows within sixteen times, if it stays so.
 
 Read back are linear layers, embeddings, norms and biases, unquantised; of several workers, each reads the shards it holds (``Part``).
 Experts and derived matrices (MLA's absorbed ones) are not: ``proof.self_test`` covers those.
@@ -39,7 +39,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from grpo.rollouts.proof import Part, digest_of_values
 
-TURNS = 8
+TURNS = 16
 _Read = Callable[[], Tensor]
 _Parts = tuple[Part, ...]
 _ROWS_SHARDED = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear)  # these, and no subclass: it may cut otherwise
@@ -106,7 +106,8 @@ class _Bench:
         dtype = module.params_dtype if hasattr(module, "params_dtype") else module.weight.dtype
         if (width, dtype) not in self._identities:
             columns = self.columns(width)
-            self._identities[width, dtype] = torch.eye(width, dtype=dtype)[columns.start : columns.start + columns.length].contiguous()
+            rows = self._identities[width, dtype] = torch.zeros(columns.length, width, dtype=dtype)
+            rows.diagonal(columns.start).fill_(1)
         product: Tensor = module.cpu_linear(self._identities[width, dtype], module.weight, None)
         size = product.numel() * product.element_size()
         if self._room.numel() < size:

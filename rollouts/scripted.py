@@ -23,7 +23,7 @@ from grpo.rollouts.base import (
     check_lengths,
     end_of_first_stop,
 )
-from grpo.rollouts.proof import Arrivals
+from grpo.rollouts.proof import Passing
 from grpo.rollouts.weights import WeightStream
 from grpo.types import Completion, FinishReason, Sampling
 
@@ -91,13 +91,13 @@ class ScriptedEngine(ServedEngine):
     def load_weights(self, weights: Weights, version: int) -> SyncReport:
         """Note the version, and hash what came. There is no model whose names and shapes the weights could differ from."""
         start = time.monotonic()
-        arrivals = Arrivals()
-        for _ in arrivals.passing(WeightStream.of(weights)):
+        passed = Passing()
+        for _ in passed.passing(WeightStream.of(weights)):
             pass
         self.loaded_versions.append(version)
         self._asleep = False
         return SyncReport(
-            version=version, digests=arrivals.digests, num_bytes=arrivals.num_bytes, seconds=time.monotonic() - start, read_back=0
+            version=version, digests=passed.digests, num_bytes=passed.num_bytes, seconds=time.monotonic() - start, read_back=0
         )
 
     def sleep(self) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from grpo.rollouts.actor import Born
 from grpo.rollouts.base import SyncReport
 from grpo.rollouts.faults import Pulse, Restarts
-from grpo.rollouts.proof import Arrivals
+from grpo.rollouts.proof import Passing
 from grpo.rollouts.transfer import Parcel
 from grpo.rollouts.weights import Spec
 from grpo.types import Completion
@@ -41,7 +41,7 @@ class Sent:
 
     version: int
     specs: Mapping[str, Spec]
-    arrivals: Arrivals = field(default_factory=Arrivals)
+    passed: Passing = field(default_factory=Passing)
     parcels: list[Parcel] = field(default_factory=list)
 
 

@@ -217,7 +217,7 @@ class VLLMEngine(ServedEngine):
         cache = engine.vllm_config.cache_config
         if not cache.enable_prefix_caching:
             return
-        length = min(2 * cache.block_size + 1, self._running.model_config.max_model_len - 1)
+        length = min(cache.block_size + 1, self._running.model_config.max_model_len - 1)
         job = Job(0, Request(problem_id="cache check", prompt_ids=(1,) * length, num_completions=1, seed=0), 0)
         self._add(job, Sampling(max_new_tokens=1))
         outputs: list[RequestOutput] = []

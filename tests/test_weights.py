@@ -420,5 +420,5 @@ def test_vllms_prefix_cache_is_caught_when_it_stays(
 ) -> None:
     vllm_engine.load_weights(halves, 1)
     monkeypatch.setattr(vllm_engine._running, "reset_prefix_cache", lambda: True)
-    with pytest.raises(WeightProofError, match="prefix cache still holds 64 tokens computed with the weights of before"):
+    with pytest.raises(WeightProofError, match="prefix cache still holds 32 tokens computed with the weights of before"):
         vllm_engine.load_weights(halves, 2)
