@@ -79,8 +79,9 @@ def share(run: Path) -> str:
     all_steps = sum(row.get("time/step", 0.0) for row in rows)
     tested = [f"; self-test {row['time/self_test']:.1f} s" for row in rows if "time/self_test" in row]
     return (
-        f"sync {sum(syncs):.1f} s of the {all_steps:.0f} s of all steps, {100 * sum(syncs) / all_steps:.1f} %; of the {len(steps)} steps that "
-        f"had one {statistics.median(syncs):.2f} s and {statistics.median(shares):.1f} % in the median, {min(shares):.1f} to {max(shares):.1f} %"
+        f"sync {sum(syncs):.1f} s of the {all_steps:.0f} s of all steps, {100 * sum(syncs) / all_steps:.1f} %; "
+        f"of the {len(steps)} steps that had one {statistics.median(syncs):.2f} s and {statistics.median(shares):.1f} % in the median, "
+        f"{min(shares):.1f} to {max(shares):.1f} %"
         + "".join(tested[:1])
     )
 

@@ -134,12 +134,12 @@ def train(config: Config) -> Result:
 
 def reported(run: RunFolder) -> list[dict[str, float]]:
     """Write the report, and give the metrics. It is the last thing of a run: what fails here neither fails it nor hides why it failed."""
+    rows: list[dict[str, float]] = []
     try:
         rows = run.read_metrics()
         write_report(run)
     except Exception as error:
         warnings.warn(f"the report could not be written: {error}", stacklevel=2)
-        return []
     return rows
 
 

@@ -27,6 +27,7 @@ from grpo.storage import StorageError, storage, sync, write_text
 
 STATE_FILE = "trainer_state.pt"
 CHECKSUM_FILE = "checksums.json"
+MISSING = "is missing"
 FORMAT = 4  # of the state; one with another number was written by another version of this package
 
 
@@ -136,28 +137,68 @@ def rewind(run: RunFolder, step: int) -> None:
 def damaged_file(folder: Path, needed: str = STATE_FILE) -> str | None:
     """What is wrong with a checkpoint's files, or None: ``needed`` is among them, and all are what was written."""
     try:
-        expected = json.loads((folder / CHECKSUM_FILE).read_text(encoding="utf-8"))
+        expected = _written(folder)
         there = _files(folder)
     except (OSError, ValueError) as error:
-        return f"{CHECKSUM_FILE} cannot be read ({error})"
-    if not isinstance(expected, dict):
-        return f"{CHECKSUM_FILE} holds no names of files"
+        return str(error)
     there.pop(CHECKSUM_FILE, None)
     for name in dict.fromkeys([needed, *expected]):
         if name not in there:
-            return f"{name} is missing"
+            return f"{name} {MISSING}"
     for name, file in there.items():
         if name not in expected:
             if file.suffix in (".safetensors", ".pt"):  # what training goes on from; anything else may be a note of the user's
                 return f"{name} is not in {CHECKSUM_FILE}"
-            continue
-        try:
-            found = _checksum(file)
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if found != expected[name]:
-            return f"{name} is not what was written"
+        elif damage := _damage(file, expected[name]):
+            return f"{name} {damage}"
     return None
+
+
+def damaged_model(folder: Path) -> str | None:
+    """Why a checkpoint, or a copy of one, is not the model that was written; None: it is. Warns of what else is not as it was.
+
+    It is its owner's to edit or to ship without the state of training: what may not differ are the weights. Other files that cannot be
+    spared must be there.
+    """
+    try:
+        expected = _written(folder)
+    except ValueError as error:
+        warnings.warn(f"{folder}: {error}: whether the weights are what was written is not known", stacklevel=2)
+        return None
+    for name in sorted(expected.keys() - {STATE_FILE}):
+        if damage := _damage(folder / name, expected[name]):
+            if name.endswith(".safetensors") or (damage == MISSING and name.startswith(("config", "tokenizer"))):
+                return f"{name} {damage}"
+            warnings.warn(f"{folder / name} {damage}", stacklevel=2)
+    for weights in sorted(folder.glob("*.safetensors")):
+        if weights.name not in expected:  # vLLM would load it with the others
+            warnings.warn(f"{weights} is not in {CHECKSUM_FILE}", stacklevel=2)
+    return None
+
+
+def _written(folder: Path) -> dict[str, str]:
+    """The checksums of the files that were written, by name.
+
+    Raises:
+        ValueError: they are damaged themselves.
+    """
+    try:
+        checksums = json.loads((folder / CHECKSUM_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{CHECKSUM_FILE} cannot be read ({error})") from error
+    if not isinstance(checksums, dict):
+        raise ValueError(f"{CHECKSUM_FILE} holds no names of files")
+    return checksums
+
+
+def _damage(file: Path, written: str) -> str | None:
+    """What has become of a file with this checksum."""
+    try:
+        return None if _checksum(file) == written else "is not what was written"
+    except FileNotFoundError:
+        return MISSING
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def load(run: RunFolder, step: int) -> dict[str, Any]:

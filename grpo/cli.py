@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -58,16 +59,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt):
         print("grpo: stopped; `grpo train <run folder>` goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if options.command is _train:
-            print("grpo: stopped, for nobody reads the output any more; `grpo train <run folder>` goes on", file=sys.stderr)
-        return 141
     except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():  # the reader, `head` for one, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if options.command is _train:
+                print("grpo: stopped, for nobody reads the output any more; `grpo train <run folder>` goes on", file=sys.stderr)
+            return 141
         if os.environ.get("GRPO_TRACEBACK"):
             raise
         print(f"grpo: {error}\n  (GRPO_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone. Elsewhere a broken pipe is another's: a worker's, a sandbox's."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout, 0)  # the two below are told of in any case
+    except (OSError, ValueError):  # no file of the system's, as in a notebook
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -280,11 +291,11 @@ def _eval(options: argparse.Namespace) -> int:
 def _check_sound(model: Path) -> None:
     """
     Raises:
-        ConfigError: the folder is a checkpoint of a run, and not what was written.
+        ConfigError: the folder is a checkpoint of a run, and its model not what was written.
     """
     from grpo import checkpoint
 
-    if (model / checkpoint.CHECKSUM_FILE).is_file() and (damage := checkpoint.damaged_file(model, needed="config.json")):
+    if (model / checkpoint.CHECKSUM_FILE).is_file() and (damage := checkpoint.damaged_model(model)):
         raise ConfigError("eval", f"{str(model)!r} is damaged: {damage}", "choose another checkpoint, or put the file back as it was")
 
 

@@ -2,23 +2,17 @@
 
 The same sums in another order are other numbers in their last digits, and sooner or later another token. The order depends on how
 many threads share the work, on how the requests are spread over engines, on the kind of CPU, and on the libraries' versions. And a
-setting may name what is not in it: the file of a reward function, the data set.
+setting may name what is not in it: see ``grpo.inputs``.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
-import xxhash
-
 from grpo.config import Config, ConfigError, EngineName, Precision, ScheduleName
-from grpo.imports import FunctionRef
-from grpo.types import Problem
+from grpo.inputs import changed as changed_inputs
 
 Conditions = Mapping[str, str | int | bool]
 
@@ -58,59 +52,6 @@ def conditions(
     return held
 
 
-def inputs(config: Config, functions: Iterable[Any], problems: Mapping[str, Sequence[Problem]]) -> dict[str, Any]:
-    """Digests of what the settings name and do not hold, so that it is noticed when it changes under a run.
-
-    The digests of problems are of use beside that of the settings they were made by: with other settings they may well be others.
-
-    Args:
-        config: its paths absolute.
-        functions: ``FunctionRef``s, however deep in lists and mappings.
-        problems: by split.
-    """
-    settings = {"data": asdict(config.data), "seed": config.run.seed}
-    made = {split: _digest([(p.id, p.prompt, p.answer, p.columns) for p in found]) for split, found in problems.items() if found}
-    return {"files": dict(_files(list(functions))), "problems": {"settings": _digest(settings), **made}}
-
-
-def _files(value: Any) -> Iterator[tuple[str, str]]:
-    """(path, digest of the text) of every file of the user's that a function is from."""
-    if isinstance(value, FunctionRef):
-        if value.source is not None:
-            yield value.target.rpartition(":")[0], _hash(value.source)
-        yield from _files(value.kwargs)
-    elif isinstance(value, Mapping):
-        yield from _files(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _files(item)
-
-
-def _digest(value: Any) -> str:
-    return _hash(json.dumps(value, default=_as_text, skipkeys=True))
-
-
-def _hash(text: str) -> str:
-    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
-
-
-def _as_text(value: Any) -> Any:
-    """What JSON has no form for, the same in every process: an address in memory or the order of a set is no content."""
-    if isinstance(value, set | frozenset):
-        return sorted(map(repr, value))
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def _changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is other than it was though the settings name the same. What one of the two does not have, a setting has brought or taken."""
-    old, new = before.get("files", {}), now.get("files", {})
-    said = [f"{path} was edited" for path in old if path in new and old[path] != new[path]]
-    then, here = before.get("problems", {}), now.get("problems", {})
-    if then.get("settings") == here.get("settings"):
-        said += [f"the {split} problems are others" for split in then if split in here and then[split] != here[split]]
-    return said
-
-
 def check_conditions(before: Mapping[str, Any], now: Mapping[str, Any], exact: bool) -> list[str]:
     """What has changed since the steps that a run goes on from were made, in words: conditions where its settings promise the same bits,
     inputs anywhere.
@@ -127,13 +68,13 @@ def check_conditions(before: Mapping[str, Any], now: Mapping[str, Any], exact: b
     here: Conditions = now["conditions"]
     if not then and here["exact"]:
         return ["the record of what this run was started with (environment.json) is gone or damaged: from here on the bits may be others"]
-    edited = _changed_inputs(before.get("inputs", {}), now.get("inputs", {}))
+    edited = changed_inputs(before.get("inputs", {}), now.get("inputs", {}))
     if not then.get("exact"):
         return [f"{sentence} since the steps that this run goes on from" for sentence in edited]
     changed = [name for name in REMEDIES if name in then and then[name] != here.get(name)]
-    said = [f"{name} was {then[name]} and is {here.get(name)}" for name in changed] + edited
+    said = [f"{name} was {then[name]} and is {here.get(name)}" for name in changed] + list(edited)
     if said and exact:
-        back = [_remedy(name, then[name]) for name in changed] + ["put back what it was"] * bool(edited)
+        back = [_remedy(name, then[name]) for name in changed] + list(dict.fromkeys(edited.values()))
         raise ConfigError(
             "run.exact",
             f"this run would not go on to the same bits: {'; '.join(said)}",

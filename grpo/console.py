@@ -116,7 +116,7 @@ class ConsoleLogger(Logger):
             self._status.stop()
         if (best := self._run.read_best()) and (line := best_line(best, self._history)):
             self._print(Text(line, style="dim"))
-        place = self._run.report_file if self._run.report_file.exists() else self._run.path
+        place = self._run.report_file if self._run.report_file.is_file() else self._run.path
         stopped = f"stopped after step {self._step}; " if failed else ""
         self._print(Text(f"{stopped}{headline(self._history)}; {shown_path(place)}", style="bold red" if failed else "bold green"))
 
@@ -210,11 +210,14 @@ def evaluation_line(metrics: Row, temperature: float) -> str:
 
 
 def best_line(best: Best, history: Sequence[Row]) -> str:
-    """Which model ``checkpoints/best`` is, for the end of a run; "" if that of the last row. It may be of steps that were discarded."""
-    recorded = any(row["step"] == best.step and row.get("eval/pass@1") == best.score for row in history)
-    if recorded and history[-1]["step"] == best.step:
+    """Which model ``checkpoints/best`` is, for the end of a run; "" if that of the last row. It may be of steps that were discarded.
+
+    The row of its step may have another score: killed between the two, a run evaluates again, and not every engine to the same bits.
+    """
+    scores = {row["step"]: row["eval/pass@1"] for row in history if "eval/pass@1" in row}
+    if scores.get(best.step) == best.score and history[-1]["step"] == best.step:
         return ""
-    return f"checkpoints/best is {best}" + ("" if recorded else ", made before this run went back to an earlier checkpoint")
+    return f"checkpoints/best is {best}" + ("" if best.step in scores else ", made before this run went back to an earlier checkpoint")
 
 
 def does_limit_hurt(groups: Sequence[Group], metric: str) -> bool:

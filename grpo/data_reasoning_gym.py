@@ -12,6 +12,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 from grpo.config import ConfigError
@@ -43,7 +44,8 @@ def reasoning_gym(split: str, *, task: str, seed: int = 0, size: int = 2000, hel
         raise ConfigError("data.problems.fn", "tasks of reasoning-gym need the package reasoning-gym", NEEDED)
     answer = _in_a_child({"split": split, "task": task, "seed": seed, "size": size, "heldout": heldout, "settings": settings})
     if "error" in answer:
-        raise ConfigError("data.problems", f"task {task!r} with {settings}: {answer['error']}", "see reasoning_gym.factory.DATASETS")
+        remedy = answer.get("remedy", "see reasoning_gym.factory.DATASETS")
+        raise ConfigError("data.problems", f"task {task!r} with {settings}: {answer['error']}", remedy)
     rows: list[Row] = answer["rows"]
     return rows
 
@@ -53,32 +55,52 @@ def reasoning_gym(split: str, *, task: str, seed: int = 0, size: int = 2000, hel
 # the environment when Python starts. And a generator may seed numpy, print, or run programs from a data set: not in the trainer.
 
 
+_CHILD = """\
+import json, sys
+order = json.load(sys.stdin)
+sys.path[:] = order.pop("path")
+from grpo.data_reasoning_gym import _answer
+_answer(**order)
+"""
+
+
 def _in_a_child(order: dict[str, Any]) -> dict[str, Any]:
-    try:
-        written = json.dumps(order)
-    except TypeError as error:
-        return {"error": f"{error}; write it as text"}
-    child = subprocess.run(
-        [sys.executable, "-P", "-m", "grpo.data_reasoning_gym"],
-        input=written,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(os.path.abspath(folder) for folder in sys.path)},
-    )
-    if child.returncode:
-        how = f"was ended by signal {-child.returncode}" if child.returncode < 0 else f"exited with code {child.returncode}"
-        return {"error": f"the process that generates the problems {how}"}
-    answer: dict[str, Any] = json.loads(child.stdout)
-    return answer
-
-
-def _main() -> None:
-    with os.fdopen(os.dup(1), "w") as out, open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)  # what generators print is not ours
+    with tempfile.TemporaryFile() as written:  # not the child's stdout, where generators and sitecustomize print
+        answer_to = written.fileno()
         try:
-            answer: dict[str, Any] = {"rows": _split(**json.load(sys.stdin))}
-        except Exception as error:  # whatever a task makes of its settings: its message is for the user
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            said = json.dumps({"order": order, "path": _path(), "answer_to": answer_to})
+        except TypeError as error:
+            return {"error": f"{error}; write it as text"}
+        child = subprocess.run(
+            [sys.executable, "-P", "-c", _CHILD],
+            input=said,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+            pass_fds=[answer_to],
+        )
+        written.seek(0)
+        answer = written.read()
+    if child.returncode or not answer:
+        how = f"was ended by signal {-child.returncode}" if child.returncode < 0 else f"exited with code {child.returncode}"
+        remedy = "what it wrote to stderr says why; if memory ran out: fewer problems, data.problems.size"
+        return {"error": f"the process that generates the problems {how}", "remedy": remedy}
+    answered: dict[str, Any] = json.loads(answer)
+    return answered
+
+
+def _path() -> list[str]:
+    """Ours, but the standard library first: a ``types.py`` beside a notebook does no harm here, where the real one was imported before."""
+    library = os.path.dirname(os.path.abspath(os.__file__))
+    return sorted(map(os.path.abspath, sys.path), key=lambda folder: folder not in (library, os.path.join(library, "lib-dynload")))
+
+
+def _answer(order: dict[str, Any], answer_to: int) -> None:
+    try:
+        answer: dict[str, Any] = {"rows": _split(**order)}
+    except Exception as error:  # whatever a task makes of its settings: its message is for the user
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    with open(answer_to, "w") as out:
         json.dump(answer, out)
 
 
@@ -140,7 +162,3 @@ def _says(literal: str, entry: Any) -> bool:
         return bool(ast.literal_eval(literal) == entry)
     except (ValueError, SyntaxError, RecursionError):
         return False
-
-
-if __name__ == "__main__":
-    _main()

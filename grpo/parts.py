@@ -6,15 +6,16 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.conditions import Conditions, conditions, inputs
+from grpo.conditions import Conditions, conditions
 from grpo.config import Config, ConfigError, EngineName, ScheduleName, TransferName, WandbMode
 from grpo.console import ConsoleLogger
 from grpo.data import ProblemSource, check_prompts
+from grpo.inputs import inputs
 from grpo.interrupt import StopSignal
 from grpo.learner import Learner
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
@@ -192,9 +193,9 @@ def conditions_of(config: Config, where: Machine) -> Conditions:
 
 def inputs_of(checked: Plan, problems: tuple[Sequence[Problem], Sequence[Problem]]) -> dict[str, Any]:
     """The problems are looked at as they are: the function they come from, and what it reads, may change and give the same."""
-    functions = [getattr(checked, f.name) for f in fields(checked) if f.name not in ("problems", "rewards")]
+    loss = (checked.ratio, checked.objective, checked.corrections, checked.kl, checked.aggregation)
+    functions = [checked.advantage, checked.normalise, *loss, checked.environment, *(part.ref for part in checked.rewards)]
     functions += [scripted_answer(checked.config)] if checked.config.rollout.engine is EngineName.scripted else []
-    functions += [part.ref for part in checked.rewards]
     return inputs(checked.config, functions, {"train": problems[0], "heldout": problems[1]})
 
 

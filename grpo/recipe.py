@@ -242,6 +242,8 @@ def translate(error: Exception) -> ConfigError:
     first = first_line(text)
     if key and " not in " in first:
         return unknown_key(key)
+    if key and first.endswith("is not Optional"):
+        return ConfigError(key, "cannot be null", "give it a value, or leave it out")
     if match := re.search(r"Could not override '(\w+)'\. No match in the defaults list", text):
         return ConfigError(
             match[1], "the recipe chooses no such group, so there is nothing to replace", f"add `- {match[1]}: CHOICE` to its defaults list"
@@ -272,13 +274,15 @@ def load_run(folder: Path, overrides: Sequence[str] = (), reward: str | None = N
     """
     folder = folder.resolve()
     for override in OverridesParser.create().parse_overrides(checked_grammar(overrides)):
-        _check_for_a_run(override, folder)
+        _check_for_a_run(override)
     prepare(overrides)
     replaced, rest = replacements(overrides)
     kept = config_file.read(folder / "config.yaml")
     try:
         composed = OmegaConf.merge(OmegaConf.structured(Config), _literal(kept))
         assert isinstance(composed, DictConfig)
+        for key, name in _place(folder).items():
+            OmegaConf.update(composed, key, _literal(name))
         if reward is not None:
             OmegaConf.update(composed, "reward", _reward_node(reward), merge=False)
             composed.eval.problems = 0  # eval.metric may name a part that this reward does not have
@@ -286,8 +290,8 @@ def load_run(folder: Path, overrides: Sequence[str] = (), reward: str | None = N
             _lay(composed, override)
         for key, node in replaced.items():
             OmegaConf.update(composed, key, node, merge=False)
-        for key, name in _place(folder).items():
-            OmegaConf.update(composed, key, _literal(name))
+        _check_place(composed, folder)
+        _check_goes_on(composed, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise translate(error) from error
     _drop_idle(composed, overrides, *(("reward", "eval.problems") if reward is not None else ()))
@@ -299,26 +303,49 @@ def _place(folder: Path) -> dict[str, str]:
     return {"run.dir": str(folder.parent.parent), "run.recipe": folder.parent.name, "run.name": folder.name}
 
 
-def _check_for_a_run(override: Override, folder: Path) -> None:
-    """What a run that exists cannot be told: groups, several values, another name, to go on with nothing."""
-    key, known, place = override.key_or_group, keys(), _place(folder)
-    open_node = isinstance(known.get(key, (None,))[0], dict)
+def _check_for_a_run(override: Override) -> None:
+    """What nobody can tell a run that exists."""
+    key = override.key_or_group
     if override.is_sweep_override():
         what = "is given several values, and a run folder is one run"
         raise ConfigError(key, what, "give one; a sweep starts from a recipe: --multirun")
-    value = override.value()
-    if key in groups() and not (open_node and isinstance(value, dict)):
-        whole = f", or the whole node, {key}={{…}}" if open_node else ""
-        raise ConfigError(key, "a group cannot be chosen anew for a run that exists", f"set single keys{whole}; or start from the recipe")
     if key.startswith("hydra"):
         raise ConfigError(key, "is of Hydra, which composes recipes; a run has its config.yaml", "leave it out")
-    if key in known and not open_node and override.is_delete():
-        raise ConfigError(key, "cannot be taken out: every run has it", f"set it to its default: {key}={shown(known[key][0])}")
-    if key in place and (Path(value).expanduser().resolve() != Path(place[key]) if key == "run.dir" else value != place[key]):
-        what = f"is {shown(value)}, but a run that exists is where its folder is and is called as that is: {folder}"
-        raise ConfigError(key, what, "move or rename the folder; or start another run from the recipe")
-    if key == "run.resume" and value is False:
-        raise ConfigError(key, "is false, but a run that exists is gone on with", "leave it out; or start another run from the recipe")
+    if key in groups():
+        _check_is_no_group(override)
+    elif override.is_delete():
+        _check_can_be_taken_out(key)
+
+
+def _check_is_no_group(override: Override) -> None:
+    """``reward`` is both a group and an open node."""
+    key = override.key_or_group
+    is_node = key in keys()
+    if not (is_node and isinstance(override.value(), dict)):
+        whole = f", or the whole node, {key}={{…}}" if is_node else ""
+        raise ConfigError(key, "a group cannot be chosen anew for a run that exists", f"set single keys{whole}; or start from the recipe")
+
+
+def _check_can_be_taken_out(key: str) -> None:
+    if key in keys() and not isinstance(default := keys()[key][0], dict):
+        raise ConfigError(key, "cannot be taken out: every run has it", f"set it to its default: {key}={shown(default)}")
+
+
+def _check_place(composed: DictConfig, folder: Path) -> None:
+    """A run's name and place are its folder's. Looked at in the configuration, where every value has the type of its key."""
+    for key, own in _place(folder).items():
+        value = OmegaConf.select(composed, key)
+        meant = str(Path(value).expanduser().resolve()) if key == "run.dir" else value
+        if meant != own:
+            what = f"is {shown(value)}, but a run that exists is where its folder is and is called as that is: {folder}"
+            raise ConfigError(key, what, "move or rename the folder; or start another run from the recipe")
+        OmegaConf.update(composed, key, _literal(own))  # the whole path, however it was typed
+
+
+def _check_goes_on(composed: DictConfig, overrides: Sequence[str]) -> None:
+    if "run.resume" in _given(overrides) and not composed.run.resume:
+        what = "is false, but a run that exists is gone on with"
+        raise ConfigError("run.resume", what, "leave it out; or start another run from the recipe")
 
 
 def _lay(composed: DictConfig, override: Override) -> None:

@@ -54,7 +54,7 @@ def rollout_table(
         columns[f"score/{part}"] = pa.array([s.value if s else None for s in scores], pa.float64())
         columns[f"outcome/{part}"] = pa.array([str(s.outcome) if s else None for s in scores], pa.string())
         columns[f"detail/{part}"] = pa.array([_utf8(s.detail) if s else None for s in scores], pa.string())
-        columns[f"tags/{part}"] = pa.array([s.tags if s else () for s in scores], pa.list_(pa.string()))
+        columns[f"tags/{part}"] = pa.array([tuple(map(_utf8, s.tags)) if s else () for s in scores], pa.list_(pa.string()))
     for column, values in extra.items():
         if column in columns:
             raise ValueError(f"extra column {column!r} is a column already: give it another name")

@@ -14,13 +14,14 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,13 +48,18 @@ BEST_FILE = "evaluation.json"  # in ``checkpoints/best``: what makes it the best
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Best:
-    """The best model by evaluation: the step it is of, and its held-out pass@1."""
+    """The best model by evaluation: the step it is of, its held-out pass@1, and what that rests on."""
 
     step: int
     score: float
+    judge: Mapping[str, Any] = field(default_factory=dict, hash=False)  # as JSON has it; without a key: that is not known
+
+    def judged_by(self, judge: Mapping[str, Any]) -> bool:
+        """Whether a score of ``judge`` can be held against this one: whatever is known of both is the same."""
+        return all(self.judge[name] == judge[name] for name in self.judge.keys() & judge.keys())
 
     def to_json(self) -> str:
-        return json.dumps({"step": self.step, "eval/pass@1": self.score}) + "\n"
+        return json.dumps({"step": self.step, "eval/pass@1": self.score, "judge": self.judge}) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Best:
@@ -63,7 +69,7 @@ class Best:
         """
         try:
             record = json.loads(text)
-            return cls(step=int(record["step"]), score=float(record["eval/pass@1"]))
+            return cls(step=int(record["step"]), score=float(record["eval/pass@1"]), judge=dict(record.get("judge", {})))
         except (TypeError, KeyError) as error:
             raise ValueError(f"{text!r} is no record of a best model") from error
 
@@ -94,7 +100,8 @@ class RunFolder:
         if resume:
             return cls.open(path)
         if path.is_dir() and any((path / mark).exists() for mark in ("metrics.jsonl", "checkpoints", "rollouts", "eval")):
-            raise ConfigError("run.name", f"{str(path)!r} holds a run already", f"choose another name, or go on with it: grpo train {path}")
+            go_on = f"go on with it: grpo train {shlex.quote(str(path))}"
+            raise ConfigError("run.name", f"{str(path)!r} holds a run already", f"choose another name, or {go_on}")
         _make_folder(path, exist_ok=True)
         with storage(path):
             (run := cls(path)).saved_mark.unlink(missing_ok=True)  # of a run whose files were removed by hand

@@ -221,8 +221,9 @@ class Trainer:
     def make_up(self, stop: StopSignal) -> None:
         """What the present step lacks: the evaluation at the start; or, stopped after its checkpoint, its evaluation and its row."""
         rows = self.run.read_metrics()
-        self.best = self.run.read_best() or best_of(rows)
-        if self.best and self.best.step > self.step:
+        if self.run.best_checkpoint.is_dir():
+            self.best = self.run.read_best() or best_of(rows)
+        if self.best and self.best.step > self.step and self.best.judged_by(self.judge()):
             self.logger.note(f"checkpoints/best stays {self.best} until it is beaten, though this run goes on from step {self.step}")
         recorded = next((row for row in rows if row["step"] == self.step), {})
         missing = self.evaluation_due() and "eval/pass@1" not in recorded
@@ -240,11 +241,20 @@ class Trainer:
                 groups = self.evaluator(self.step)
         metrics = eval_metrics(groups, self.settings.eval_metric) | self.synced | {"policy/version": float(self.synced_version)}
         self.run.write_rollouts(self.step, groups, folder="eval")
-        here = Best(step=self.step, score=metrics["eval/pass@1"])
+        here = Best(step=self.step, score=metrics["eval/pass@1"], judge=self.judge())
+        if self.best and not self.best.judged_by(here.judge):
+            self.logger.note(f"checkpoints/best was {self.best} by another reward, other problems or another eval.metric: it begins anew")
+            self.best = None
         if self.best is None or here.score > self.best.score:
             checkpoint.save_best(self.run, self.learner.policy, here)
             self.best = here
         return metrics
+
+    def judge(self) -> dict[str, Any]:
+        """What an evaluation's score rests on beside the model, as far as the run folder says."""
+        inputs = self.run.read_environment().get("inputs", {})
+        known = {"functions": inputs.get("functions"), "heldout": inputs.get("problems", {}).get("heldout")}
+        return {"eval.metric": self.settings.eval_metric} | {name: digests for name, digests in known.items() if digests is not None}
 
     def record(self, drawn: Draw, batch: Batch) -> None:
         assert batch.advantages is not None

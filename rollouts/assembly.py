@@ -101,7 +101,8 @@ class Assembly:
             waiting = [place for together in self._starting for place in together if place.started]
             given_up = [] if left_before else [*waiting, *self._ready, *self._running.values()]
             self._changed.notify_all()
-        self._environments.close()
+        dropped = self._environments.close()
+        given_up += [args[0] for call, args in dropped if call == self._advance]  # a dropped ``_start`` has made nothing yet
         closing = Hands("closing")
         for place in given_up:
             closing.submit(place.episode.at_once, place.episode.give_up)
@@ -157,12 +158,15 @@ class Assembly:
         for number, result in finished:
             with self._changed:
                 place = self._running.pop(number)
+                if self._left:  # it was given up with the others
+                    continue
                 if isinstance(result, Begun):
                     place.episode.begun = result
                     self._ready.append(place)
                     continue
                 self._answering += 1
-            self._environments.submit(place.episode.at_once, self._advance, place, result)
+            if not self._environments.submit(place.episode.at_once, self._advance, place, result):
+                place.episode.give_up()
 
     def _start(self, place: _Place) -> None:
         try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
-from grpo.rewards.arguments import number, whole
+from grpo.rewards.arguments import flag, number, whole
 from grpo.rewards.base import attribute, describe, to_score
 from grpo.rollouts.environments import Done, Environment, Message
 from grpo.types import Completion, Outcome, Problem, Score
@@ -21,6 +22,7 @@ AT_ONCE = 8  # calls
 FAILURE = "environment"  # the name under which an environment's failure stands among the scores
 
 _Answer = TypeVar("_Answer")
+_Default = TypeVar("_Default", int, None)
 
 
 class EnvironmentFailed(Exception):
@@ -33,7 +35,7 @@ class EnvironmentFailed(Exception):
     @classmethod
     def because_of(cls, error: BaseException) -> EnvironmentFailed:
         detail = describe(error.with_traceback(_from_the_users_line(error)))
-        return cls(f"{type(error).__name__}: {error}", detail=detail)
+        return cls(f"{type(error).__name__}: {_text(error)}", detail=detail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Guarded:
     """
 
     def __init__(self, make: Callable[[], Environment]) -> None:
-        self.itself: Any = in_time(_timeout_of_making(make), make)
+        self.itself: Any = in_time(_timeout_of_making(make), make, late=_close)
 
     def start(self, problem: Problem) -> Sequence[Message]:
         return self._ask(lambda: _messages(self.itself.start(problem)))
@@ -81,17 +83,44 @@ class Guarded:
 
     def close(self) -> None:
         """The rollout is over."""
-        if (close := self._read(lambda: getattr(self.itself, "close", None))) is not None:
-            self._ask(close)
+        try:
+            seconds = self.timeout_s
+        except EnvironmentFailed:  # which was said when it was asked something; it is closed all the same
+            seconds = TIMEOUT_S
+        in_time(seconds, lambda: _close(self.itself))
 
     @property
     def max_turns(self) -> int:
-        return self._read(lambda: _max_turns(self.itself))
+        return self._read(lambda: _count(self.itself, "max_turns", MAX_TURNS))
 
     @property
     def timeout_s(self) -> float | None:
         """Seconds; None for one that answers at once, which needs no thread to be watched from."""
         return self._read(lambda: _timeout(self.itself))
+
+    @property
+    def missing(self) -> Sequence[str]:
+        """Methods that every environment has, and this one has not."""
+        return self._read(lambda: [name for name in ("start", "step") if not callable(getattr(self.itself, name, None))])
+
+    @property
+    def score_names(self) -> Sequence[str] | None:
+        """What its scores are called; None for one that does not say."""
+        return self._read(lambda: _texts(self.itself, "score_names"))
+
+    @property
+    def stop(self) -> Sequence[str]:
+        """What ``rollout.stop`` must hold."""
+        return self._read(lambda: _texts(self.itself, "stop")) or ()
+
+    @property
+    def needs_chat(self) -> bool:
+        return self._read(lambda: _needs_chat(self.itself))
+
+    @property
+    def at_once(self) -> int | None:
+        """What the instance says, for comparison: what counts is said by the class, see ``at_once``. None if it says nothing."""
+        return self._read(lambda: _count(self.itself, "at_once", None))
 
     def _ask(self, call: Callable[[], _Answer]) -> _Answer:
         return in_time(self.timeout_s, call)
@@ -101,18 +130,27 @@ class Guarded:
         return in_time(None, get)  # a property may raise
 
 
-def in_time(seconds: float | None, call: Callable[[], _Answer]) -> _Answer:
+def in_time(seconds: float | None, call: Callable[[], _Answer], late: Callable[[_Answer], None] = lambda answer: None) -> _Answer:
     """``call()``, given up after ``seconds``: a thread cannot be killed, so that one goes on, at its own expense and the machine's.
+
+    Args:
+        late: what becomes of an answer that comes after that, in that thread.
 
     Raises:
         EnvironmentFailed: it raised, or took longer.
     """
     answers: list[_Answer] = []
     errors: list[BaseException] = []
+    deciding, given_up = threading.Lock(), threading.Event()  # an answer is in time or late, never both
 
     def run() -> None:
         try:
-            answers.append(call())
+            answer = call()
+            with deciding:
+                if not given_up.is_set():
+                    answers.append(answer)
+                    return
+            late(answer)
         except BaseException as error:  # SystemExit too: it is the user's code, in a thread that nobody else waits for
             errors.append(error)
 
@@ -120,8 +158,13 @@ def in_time(seconds: float | None, call: Callable[[], _Answer]) -> _Answer:
         run()
     else:
         thread = threading.Thread(target=run, name="environment call", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise EnvironmentFailed(f"there is no thread to call the environment from: {error}") from error
         thread.join(min(seconds, threading.TIMEOUT_MAX))
+        with deciding:
+            given_up.set()
     if errors:
         if isinstance(errors[0], EnvironmentFailed | KeyboardInterrupt):  # said already; Ctrl-C, where this is the main thread
             raise errors[0]
@@ -132,23 +175,27 @@ def in_time(seconds: float | None, call: Callable[[], _Answer]) -> _Answer:
 
 
 def at_once(make: Callable[[], Environment]) -> int:
-    """How many calls of such environments may go on at the same time.
+    """How many calls of such environments may go on at the same time: the class's, since it bounds the making too.
 
     Raises:
         ValueError: it says something that is no number of calls.
     """
     count = attribute(make, "at_once", AT_ONCE)
+    if isinstance(count, property | cached_property):
+        raise ValueError("at_once is a property, but it is read before there is an instance; in the class it must be a whole number")
     whole("at_once", count, least=1)
     return int(count)
 
 
-def _max_turns(environment: Any) -> int:
-    turns = getattr(environment, "max_turns", MAX_TURNS)
+def _count(environment: Any, name: str, default: _Default) -> int | _Default:
+    count = getattr(environment, name, default)
+    if count is default:
+        return default
     try:
-        whole("max_turns", turns, least=1)
+        whole(name, count, least=1)
     except ValueError as error:
         raise EnvironmentFailed(str(error)) from None
-    return int(turns)
+    return int(count)
 
 
 def _timeout(environment: Any) -> float | None:
@@ -160,6 +207,32 @@ def _timeout(environment: Any) -> float | None:
     except ValueError as error:
         raise EnvironmentFailed(f"{error}, or None") from None
     return float(seconds)
+
+
+def _texts(environment: Any, name: str) -> Sequence[str] | None:
+    texts = getattr(environment, name, _NOT_SAID)
+    if texts is _NOT_SAID:
+        return None
+    if isinstance(texts, str) or not (isinstance(texts, Sequence | Set) and all(isinstance(text, str) for text in texts)):
+        raise EnvironmentFailed(f"{name} is {texts!r:.200}; it must be a list or tuple of strings")
+    return tuple(texts)
+
+
+_NOT_SAID = object()
+
+
+def _needs_chat(environment: Any) -> bool:
+    needed = getattr(environment, "needs_chat", False)
+    try:
+        flag("needs_chat", needed)
+    except ValueError as error:
+        raise EnvironmentFailed(str(error)) from None
+    return bool(needed)
+
+
+def _close(environment: Any) -> None:
+    if (close := getattr(environment, "close", None)) is not None:
+        close()
 
 
 def _timeout_of_making(make: Callable[[], Environment]) -> float | None:
@@ -200,6 +273,13 @@ def _cut_off(environment: Any, turn: Completion) -> Verdict:
         return Verdict.of(tell(turn))
     ask: Callable[[], Done] | None = getattr(environment, "cut_off", None)
     return Verdict({}) if ask is None else Verdict.of(ask())
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except (Exception, SystemExit) as another:  # __str__ is the user's code too
+        return f"(no text: its __str__ raises {type(another).__name__})"
 
 
 def _from_the_users_line(error: BaseException) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+Call = tuple[Callable[..., None], tuple[Any, ...]]
 
 
 class Hands:
@@ -19,20 +21,21 @@ class Hands:
         self._name = name
         lock = threading.RLock()  # guards all below
         self._changed, self._returned = threading.Condition(lock), threading.Condition(lock)
-        self._calls: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._calls: deque[Call] = deque()
         self._threads = self._free = 0
         self._closed = False
 
-    def submit(self, at_once: int, call: Callable[..., None], *args: Any) -> None:
-        """Have it called soon, with up to ``at_once`` calls under way; not at all if it has not begun when ``close`` is called."""
+    def submit(self, at_once: int, call: Callable[..., None], *args: Any) -> bool:
+        """Have it called soon, with up to ``at_once`` calls under way; False: it is too late, ``close`` has been called."""
         with self._changed:
             if self._closed:
-                return
+                return False
             self._calls.append((call, args))
             self._changed.notify()
             if len(self._calls) > self._free and self._threads < at_once:
                 self._threads += 1
                 threading.Thread(target=self._work, name=f"{self._name} {self._threads}", daemon=True).start()
+            return True
 
     def finish(self, timeout: float) -> None:
         """Wait until all calls have returned, for ``timeout`` seconds at most; then ``close``."""
@@ -40,12 +43,14 @@ class Hands:
             self._returned.wait_for(lambda: not self._calls and self._free == self._threads, timeout)
         self.close()
 
-    def close(self) -> None:
-        """Begin nothing more. What is under way is not waited for."""
+    def close(self) -> Sequence[Call]:
+        """Begin nothing more: returns the calls that were not begun. What is under way is not waited for."""
         with self._changed:
             self._closed = True
+            dropped = tuple(self._calls)
             self._calls.clear()
             self._changed.notify_all()
+            return dropped
 
     def _work(self) -> None:
         while True:

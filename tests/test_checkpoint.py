@@ -272,6 +272,19 @@ def test_the_best_model_says_which_it_is_under_its_checksums(run: RunFolder) -> 
     assert checkpoint.damaged_file(run.best_checkpoint, needed="model.pt") == "evaluation.json is not what was written"
     (run.best_checkpoint / "evaluation.json").write_text("[]")
     assert run.read_best() is None
+    (run.best_checkpoint / "evaluation.json").write_text('{"step": 7, "eval/pass@1": 0.5}')  # of a version that kept no judge
+    assert run.read_best() == Best(step=7, score=0.5, judge={})
+
+
+def test_the_best_model_says_what_it_was_judged_by(run: RunFolder) -> None:
+    judge = {"eval.metric": "math", "inputs": {"files": {"/ü.py": "1"}, "problems": {"heldout": "2"}}}
+    checkpoint.save_best(run, Numbers(1.0), best := Best(step=7, score=0.5, judge=judge))  # type: ignore[arg-type]
+    assert run.read_best() == best
+    assert best.judged_by(judge) and best.judged_by({"eval.metric": "math"}) and best.judged_by({})
+    assert Best(step=7, score=0.5).judged_by(judge), "of a version that kept none"
+    assert not best.judged_by(judge | {"eval.metric": "format"})
+    assert not best.judged_by(judge | {"inputs": {"files": {"/ü.py": "1"}, "problems": {"heldout": "3"}}})
+    assert not best.judged_by(judge | {"inputs": {"files": {"/ü.py": "0"}, "problems": {"heldout": "2"}}})
 
 
 def test_an_error_that_is_not_the_disks_stays_what_it_is(run: RunFolder) -> None:

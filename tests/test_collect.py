@@ -453,7 +453,7 @@ def test_groups_are_not_put_back_under_another_question() -> None:
     others = [Problem(id=p.id, prompt=p.prompt + "!", answer="") for p in problems(60)]
     source = ProblemSource(others, 0)
     again = PacedCollector(groups=groups_of(TokenEngine(), Lengths()), source=source, batch=4, max_staleness=1)
-    with closing(again), pytest.raises(ConfigError, match=r"data\.problems: problem 'p\d+', of which this run has begun a group .* another"):
+    with closing(again), pytest.raises(ConfigError, match=r"data\.problems: problem 'p\d+', of which this run .* is another one now"):
         again.load_state(state)
 
 
@@ -663,6 +663,41 @@ def test_what_is_given_up_is_closed(broken: bool) -> None:
     assert sorted(closed) == ["p0", "p1"]
     let_go.set()
     assert all_closed.wait(20) and sorted(closed) == ["p0", "p1", "p2"]
+
+
+def test_what_waits_for_its_environments_answer_is_given_up_too() -> None:
+    """Five turns come back, one environment is asked at a time: the first is at work, the others have not been told, and all are closed."""
+    at_work, let_go, all_closed = threading.Event(), threading.Event(), threading.Event()
+    closed: list[Environment] = []
+
+    class Closes(SingleTurn):
+        at_once = 1
+        timeout_s = None
+
+        def step(self, completion: Completion) -> Sequence[Message] | Done:
+            at_work.set()
+            let_go.wait(20)
+            return (Message("text", "and?"),)
+
+        def close(self) -> None:
+            closed.append(self)
+            if len(closed) == 5:
+                all_closed.set()
+
+    groups = groups_of(TokenEngine(), Lengths(), environment=Closes, completions_per_problem=5)
+    with pytest.raises(KeyboardInterrupt), groups.assembly() as assembly:
+        assembly.open([groups.begin(problems(1)[0], 1)])
+        jobs: Any = ()
+        while not jobs:
+            jobs = assembly.feed(True)
+        assembly.note([(job.number, turn_of(job)) for job in jobs[:4]])
+        assert at_work.wait(20)
+        raise KeyboardInterrupt
+    assert len(closed) == 4, "three whose turns waited, and the one with the engine"
+    assembly.note([(jobs[4].number, turn_of(jobs[4]))])  # an engine's thread may come too late
+    let_go.set()
+    assert all_closed.wait(20)
+    assert len(set(map(id, closed))) == 5, "none of them twice"
 
 
 def turn_of(job: Job) -> Completion:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,25 @@ def test_a_run_before_head_stops_in_words_and_is_saved(tmp_path: Path, tiny_mode
     assert checkpoint.steps(piped) == [piped.read_metrics()[-1]["step"]] and checkpoint.last_sound_step(piped) < 200
 
 
+@pytest.mark.parametrize("command", ["_train", "_show"])
+def test_a_broken_pipe_that_is_not_the_outputs_is_an_error(
+    command: str, run: RunFolder, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sandbox's or a worker's."""
+
+    def written_to_one_that_has_died(options: object) -> int:
+        reading, writing = os.pipe()
+        os.close(reading)
+        with os.fdopen(writing, "wb", buffering=0) as pipe:
+            pipe.write(b"work")
+        return 0
+
+    monkeypatch.delenv("GRPO_TRACEBACK", raising=False)
+    monkeypatch.setattr(cli, command, written_to_one_that_has_died)
+    assert main([command.removeprefix("_"), str(run.path)]) == 1
+    assert capfd.readouterr().err == "grpo: [Errno 32] Broken pipe\n  (GRPO_TRACEBACK=1 shows where)\n"
+
+
 def test_what_a_disk_says_is_said_without_a_hint_at_tracebacks(
     run: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +104,53 @@ def test_a_damaged_model_is_not_evaluated(run: RunFolder, capsys: pytest.Capture
     finally:
         weights.write_bytes(whole)
     assert capsys.readouterr().err.startswith(f"grpo: eval: {str(model)!r} is damaged: model.safetensors is not what was written\n  → ")
-    assert checkpoint.damaged_file(model, needed="config.json") is None
+    assert checkpoint.damaged_model(model) is None
+
+
+def edit(name: str, more: str = "\n") -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text((folder / name).read_text() + more)
+
+
+def without(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "says"),
+    [
+        pytest.param("step_000003", without("trainer_state.pt"), "", id="shipped without its state"),
+        pytest.param("best", edit("generation_config.json"), "{}/generation_config.json is not what was written", id="edited"),
+        pytest.param("best", without("evaluation.json"), "{}/evaluation.json is missing", id="no record"),
+        pytest.param("best", lambda folder: (folder / "x.safetensors").touch(), "{}/x.safetensors is not in checksums.json", id="beside"),
+        pytest.param("best", edit("checksums.json", "[]"), "{}: checksums.json cannot be read (", id="no checksums"),
+    ],
+)
+def test_a_model_folder_is_its_owners_to_edit(
+    run: RunFolder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+    source: str,
+    change: Callable[[Path], object],
+    says: str,
+) -> None:
+    """It is evaluated like any other Hugging Face folder, though what is not as it was written is said."""
+    model = shutil.copytree(run.checkpoints / source, tmp_path / "model")
+    change(model)
+    assert main(["eval", str(model), "--recipe", str(run.path.parents[2] / "digits.yaml")]) == 0
+    assert capsys.readouterr().out.startswith(f"{model}\nheld-out pass@1 ")
+    warned = [str(warning.message) for warning in recwarn if str(model) in str(warning.message)]
+    assert len(warned) == bool(says) and all(warning.startswith(says.format(model)) for warning in warned)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_model_folder_without_what_it_cannot_be_without_is_refused(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    model = shutil.copytree(run.best_checkpoint, tmp_path / "model")
+    (model / name).unlink()
+    assert main(["eval", str(model), "--recipe", str(run.path.parents[2] / "digits.yaml")]) == 1
+    assert capsys.readouterr().err.startswith(f"grpo: eval: {str(model)!r} is damaged: {name} is missing\n  → ")
 
 
 def test_a_run_before_its_first_row_is_known_for_one(run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from grpo.config import ConfigError
+from grpo.rollout_table import groups_of, rollout_table
 from grpo.rollouts.base import Begun, Close, Engine, Job
 from grpo.rollouts.dialogue import PlainText
 from grpo.rollouts.environments import Done, Environment, Message, SingleTurn
@@ -20,7 +21,7 @@ from grpo.rollouts.episode import Dialogue, Episode, turn_seed
 from grpo.rollouts.guard import FAILURE, MAX_TURNS
 from grpo.rollouts.scripted import ScriptedEngine
 from grpo.toy import Characters
-from grpo.types import Completion, FinishReason, Outcome, Problem, Sampling, Score
+from grpo.types import Completion, FinishReason, Group, Outcome, Problem, Sampling, Score
 
 PROBLEM = Problem(id="p", prompt="Q: ", answer="7")
 
@@ -392,6 +393,49 @@ def test_an_environment_that_cannot_be_made_fails_alike() -> None:
     assert one.completion is not None and "no licence" in one.scores[FAILURE].detail
 
 
+class TextRaises(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_an_error_without_a_text_is_a_failure_like_others() -> None:
+    def raises_it(problem: Problem) -> Any:
+        raise TextRaises
+
+    one = episode(lambda: Breaks("start", raises_it))
+    one.start()
+    assert one.completion is not None and "TextRaises" in one.scores[FAILURE].detail and "raises_it" in one.scores[FAILURE].detail
+
+
+def test_a_machine_without_a_thread_left_is_a_failure_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    one = episode(lambda: Replies("x"))
+    one.start()
+    assert one.completion is not None and "there is no thread to call the environment from: can't start" in one.scores[FAILURE].detail
+
+
+def test_one_that_is_made_too_late_is_closed() -> None:
+    time_is_over, closed = threading.Event(), threading.Event()
+
+    class Late(Replies):
+        timeout_s = 0.05
+
+        def __init__(self) -> None:
+            time_is_over.wait(20)
+
+        def close(self) -> None:
+            closed.set()
+
+    one = episode(Late)
+    one.start()
+    assert one.completion is not None and "did not answer in 0.05 s" in one.scores[FAILURE].detail and not closed.is_set()
+    time_is_over.set()
+    assert closed.wait(20)
+
+
 def test_a_hanging_environment_does_not_keep_the_process() -> None:
     one = episode(lambda: Breaks("start", hangs))
     before = set(threading.enumerate())
@@ -469,6 +513,24 @@ def test_an_environment_is_closed_once_however_its_rollout_ends(where: str, how:
     assert rollout.scored == (not where)
     if where == "close":
         assert one.scores["turns"].value == 2, "what it said before is kept"
+
+
+def test_one_whose_time_is_nonsense_is_closed() -> None:
+    environment = Closes()
+    vars(environment)["timeout_s"] = "soon"
+    one = episode(lambda: environment)
+    one.start()
+    assert one.completion is not None and environment.closed == 1
+
+
+def test_half_a_character_in_a_tag_can_be_stored() -> None:
+    one = episode(lambda: Odd(done={"won": Score(value=1.0, detail="half \ud83d", tags=("half \ud83d",))}))
+    one.start()
+    assert one.advance(turn_of(one.job(0), "ab"))
+    group = Group(problem=PROBLEM, rollouts=(one.rollout({}, {"won": 1.0}),))
+    (stored,) = groups_of(rollout_table(1, [group], {}, {}))
+    won = stored.rollouts[0].scores["won"]
+    assert (won.detail, won.tags) == (r"half \ud83d", (r"half \ud83d",))
 
 
 # ---------------------------------------------------------------- scores

@@ -235,8 +235,49 @@ def test_a_generator_that_dies_is_an_error_in_words(monkeypatch: pytest.MonkeyPa
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(ConfigError, match=r"task 'chain_sum' with \{\}: the process that generates the problems was ended by signal 9"):
+    died = r"task 'chain_sum' with \{\}: the process that generates the problems was ended by signal 9\n  → what it wrote to stderr"
+    with pytest.raises(ConfigError, match=died):
         data_reasoning_gym.reasoning_gym("train", task="chain_sum")
+
+
+GYM_OF_ONE_TASK = """\
+import types, sys  # the real one
+
+print("Have a nice day!")
+
+
+def create_dataset(task, **settings):
+    if task == "quits":
+        sys.exit(0)
+    return [{"question": "1?", "answer": str(types.SimpleNamespace(one=1).one), "metadata": {}}]
+"""
+
+
+@pytest.fixture
+def notebook(tmp_path: Path) -> Path:
+    """A folder with a reasoning_gym of its own, and modules that are called as some of the standard library's."""
+    package = tmp_path / "notebook" / "reasoning_gym"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(GYM_OF_ONE_TASK)
+    (package / "factory.py").write_text("DATASETS = {}\n")
+    (package / "composite.py").write_text("DatasetSpec = None\n")
+    for name in ("types", "random"):
+        (package.parent / f"{name}.py").write_text("raise RuntimeError('a file of the user')\n")
+    return package.parent
+
+
+def test_a_generators_process_imports_as_ours_and_may_print(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    startup = tmp_path / "startup"
+    startup.mkdir()
+    (startup / "sitecustomize.py").write_text("print('hello from the machine')\n")
+    monkeypatch.setenv("PYTHONPATH", str(startup))
+    monkeypatch.chdir(notebook)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    order = {"split": "heldout", "task": "one", "seed": 0, "size": 1, "heldout": 1, "settings": {}}
+    answer = data_reasoning_gym._in_a_child(order)
+    assert [row["answer"] for row in answer.get("rows", [])] == ["1"], answer
+    ended = data_reasoning_gym._in_a_child({**order, "task": "quits"})
+    assert ended["error"] == "the process that generates the problems exited with code 0" and "stderr" in ended["remedy"]
 
 
 def test_a_problem_without_its_entry_is_unscored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -359,7 +359,7 @@ def test_the_end_says_which_model_is_the_best(run: RunFolder) -> None:
     recorded = [{"step": 22, **EVALUATION, "eval/pass@1": 0.87}]
     assert best_line(best, [*recorded, {"step": 23, **STEP}]) == "checkpoints/best is the model of step 22 (held-out pass@1 0.87)"
     assert best_line(best, recorded) == "", "it need not be said"
-    for other in ([{"step": 22, **EVALUATION}], [{"step": 4, **EVALUATION}], []):
+    for other in ([{"step": 22, **STEP}], [{"step": 4, **EVALUATION}], []):
         assert best_line(best, other).endswith("0.87), made before this run went back to an earlier checkpoint")
     run.best_checkpoint.mkdir(parents=True)
     for score, said in ((0.87, 0), (0.9, 1)):

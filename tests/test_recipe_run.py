@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from grpo.build import plain
 from grpo.cli import main
 from grpo.config import Config, ConfigError
 from grpo.recipe import load_recipe, load_run
+from grpo.run import RunFolder
 
 RECIPE = "r1_zero_arithmetic"
 
@@ -58,6 +60,12 @@ def test_an_override_means_what_it_means_for_a_recipe(run: Path, override: str) 
         ("run.name=other", r"run\.name: is 'other', but a run that exists .* is called as that is: .*/one\n  → move or rename the folder"),
         ("run.recipe=other", r"run\.recipe: is 'other', but a run that exists"),
         ("run.dir=elsewhere", r"run\.dir: is 'elsewhere', but a run that exists is where its folder is"),
+        ("run.dir=3", r"run\.dir: is '3', but a run that exists is where its folder is"),
+        ("run.dir=null", r"run\.dir: cannot be null\n"),
+        ("run.name=null", r"run\.name: cannot be null\n"),
+        ("run.name=7", r"run\.name: is '7', but a run that exists"),
+        ("run.resume=off", r"run\.resume: is false, but a run that exists is gone on with"),
+        ("run.resume=maybe", r"run\.resume: .*maybe"),
         ("run.resume=false", r"run\.resume: is false, but a run that exists is gone on with"),
         ("run.seed=0,1", r"run\.seed: is given several values, and a run folder is one run\n  → give one; a sweep .* --multirun"),
         ("algo=grpo", r"algo: a group cannot be chosen anew .*\n  → set single keys; or start from the recipe"),
@@ -79,6 +87,17 @@ def test_its_own_name_and_place_are_no_contradiction(run: Path) -> None:
     assert (config.run.name, config.run.dir) == ("one", str(run.parent.parent))
 
 
+@pytest.mark.parametrize("word", ["run.name=7", "run.name='7'", "run.dir=3"])
+def test_a_number_may_name_a_run_and_a_place(run: Path, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a recipe, whose ``run.name=7`` makes a folder ``7``."""
+    monkeypatch.chdir(run.parent.parent)
+    folder = Path("3", RECIPE, "7").absolute()
+    folder.parent.mkdir(parents=True)
+    run.rename(folder)
+    config = load_run(folder, [word])
+    assert (config.run.name, config.run.dir) == ("7", str(folder.parent.parent))
+
+
 @pytest.mark.parametrize("name", ["${y}", r"\${y}", "a,b", "1e3", "null", "[x]"])
 def test_a_folder_may_have_any_name(run: Path, name: str) -> None:
     config = load_run(run.rename(run.parent / name), ["data.answer_key='${run.name}'"])
@@ -95,3 +114,12 @@ def test_a_recipe_is_no_way_to_go_on_with_a_run(
     said = capsys.readouterr().err
     assert "grpo: run.resume: is true, but this is a recipe" in said
     assert f"\n  → grpo train 'runs/{RECIPE}/my run', with what is to be otherwise behind it; for another run, leave this out\n" in said
+
+
+def test_a_name_that_is_taken_is_gone_on_with_by_a_command_that_can_be_typed(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "my runs", RECIPE, "one & two")
+    run.append_metrics({"step": 0})
+    with pytest.raises(ConfigError, match="holds a run already") as caught:
+        RunFolder.create(tmp_path / "my runs", RECIPE, "one & two")
+    command = str(caught.value).partition("go on with it: ")[2]
+    assert shlex.split(command) == ["grpo", "train", str(run.path)]

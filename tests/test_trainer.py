@@ -23,6 +23,7 @@ from grpo import checkpoint
 from grpo.build import train
 from grpo.cli import main
 from grpo.config import ConfigError
+from grpo.console import best_line, shown_path
 from grpo.interrupt import Interrupted, StopSignal
 from grpo.learner import Learner, merge_metrics
 from grpo.recipe import load_recipe, load_run
@@ -54,10 +55,11 @@ def run_recipe(recipe: str, *overrides: str) -> RunFolder:
     return train(load_recipe(recipe, *overrides)).run
 
 
-def go_on(run: RunFolder, *overrides: str) -> None:
+def go_on(run: RunFolder, *overrides: str) -> str:
+    """Its last line."""
     config = load_run(run.path, overrides)
     config.run.resume = True
-    train(config)
+    return train(config).headline
 
 
 def comparable(run: RunFolder) -> list[dict[str, float]]:
@@ -191,7 +193,7 @@ def test_a_best_model_of_discarded_steps_stays_until_it_is_beaten(
     """Of step 9, in a run that goes on from step 2; here all pass, so that each evaluation gives 1."""
     recipe = evaluated_each_step(tmp_path, tiny_model, "def digits(completion, problem):\n    return 1.0\n")
     run = run_recipe(recipe, "run.steps=2", "run.name=first")
-    assert run.read_best() == Best(step=0, score=1.0), "the first of equals"
+    assert step_and_score(run) == (0, 1.0), "the first of equals"
 
     class Other:
         def save(self, folder: Path) -> None:
@@ -202,9 +204,67 @@ def test_a_best_model_of_discarded_steps_stays_until_it_is_beaten(
     said = " ".join(capsys.readouterr().out.split())
     stays = f"checkpoints/best stays the model of step 9 (held-out pass@1 {score:.2f})"
     assert f"{stays} until it is beaten, though this run goes on from step 2" in said
-    assert run.read_best() == (Best(step=3, score=1.0) if beaten else discarded)
+    assert step_and_score(run) == ((3, 1.0) if beaten else (9, discarded.score))
     assert checkpoint.damaged_file(run.best_checkpoint, needed="model.safetensors") is None
     assert ("made before this run went back to an earlier checkpoint" in said) is not beaten
+
+
+ALL_PASS = """
+def digits(completion, problem):
+    return 1.0
+
+def short(completion, problem):
+    return float(len(completion.text) < 0)
+"""
+
+
+def step_and_score(run: RunFolder) -> tuple[int, float]:
+    best = run.read_best()
+    assert best
+    return best.step, best.score
+
+
+@pytest.mark.parametrize(
+    ("change", "score"),
+    [
+        pytest.param("repair", 0.0, id="a grader that was repaired"),
+        pytest.param("reward.short.fn={folder}/my_rewards.py:short eval.metric=short", 0.0, id="another metric"),
+        pytest.param("data.problems.heldout=19", 1.0, id="other held-out problems"),
+    ],
+)
+def test_a_best_model_by_another_judge_is_no_measure(
+    tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str], change: str, score: float
+) -> None:
+    run = run_recipe(evaluated_each_step(tmp_path, tiny_model, ALL_PASS), "run.steps=2", "run.name=first")
+    assert step_and_score(run) == (0, 1.0)
+    words = ["run.exact=false"] if change == "repair" else change.format(folder=tmp_path).split()
+    if change == "repair":
+        (tmp_path / "my_rewards.py").write_text(ALL_PASS.replace("return 1.0", "return 0.0"))
+    go_on(run, "run.steps=3", "logger.console=true", *words)
+    said = " ".join(capsys.readouterr().out.split())
+    anew = "was the model of step 0 (held-out pass@1 1.00) by another reward, other problems or another eval.metric: it begins anew"
+    assert said.count(anew) == 1
+    assert step_and_score(run) == (3, score)
+    go_on(run, "run.steps=4", "logger.console=true")
+    assert "it begins anew" not in " ".join(capsys.readouterr().out.split())
+    assert step_and_score(run) == (3, score), "the same judge: the first of equals"
+
+
+def test_a_best_model_that_was_deleted_is_made_again(tmp_path: Path, tiny_model: str) -> None:
+    run = run_recipe(evaluated_each_step(tmp_path, tiny_model, ALL_PASS), "run.steps=2", "run.name=first")
+    shutil.rmtree(run.best_checkpoint)
+    go_on(run, "run.steps=3")
+    assert step_and_score(run) == (3, 1.0), "though the rows of steps 0 to 2 are as good"
+
+
+def test_a_step_that_was_evaluated_twice_was_not_gone_back_behind() -> None:
+    """Killed between the best model and its row; what was evaluated again scored lower."""
+    rows = [{"step": 2, "eval/pass@1": 0.25}, {"step": 4, "eval/pass@1": 0.5}]
+    said = "checkpoints/best is the model of step 4 (held-out pass@1 0.75)"
+    assert best_line(Best(step=4, score=0.75), rows) == best_line(Best(step=4, score=0.75), [*rows, {"step": 5}]) == said
+    assert best_line(Best(step=4, score=0.5), rows) == "", "that of the last row"
+    for step in (3, 6):
+        assert best_line(Best(step=step, score=0.75), rows).endswith("0.75), made before this run went back to an earlier checkpoint")
 
 
 def test_a_run_whose_best_model_has_no_record_goes_by_its_rows() -> None:
@@ -214,7 +274,7 @@ def test_a_run_whose_best_model_has_no_record_goes_by_its_rows() -> None:
     assert best_of(rows[1:2]) is None and best_of([{"step": 0, "eval/pass@1": math.nan}]) is None
 
 
-def test_a_report_neither_fails_a_run_nor_hides_why_it_failed(recipe: str) -> None:
+def test_a_report_neither_fails_a_run_nor_hides_why_it_failed(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_recipe(recipe, "run.steps=2", "run.name=first")
     run.rollout_file(1).write_bytes(b"PAR1")
     go_on(run, "run.steps=3")
@@ -222,8 +282,11 @@ def test_a_report_neither_fails_a_run_nor_hides_why_it_failed(recipe: str) -> No
     run.report_file.unlink()
     run.report_file.mkdir()  # it cannot be written at all
     with pytest.warns(UserWarning, match="the report could not be written"):
-        go_on(run, "run.steps=4")
+        last = go_on(run, "run.steps=4", "logger.console=true")
     assert checkpoint.steps(run)[-1] == 4
+    scores = [row["eval/pass@1"] for row in run.read_metrics() if "eval/pass@1" in row]
+    assert last.startswith(f"held-out pass@1 {scores[0]:.2f} → {scores[-1]:.2f} in "), "what was read is not lost with it"
+    assert " ".join(capsys.readouterr().out.split()).endswith(f"{last}; {shown_path(run.path)}")
     (Path(recipe).parent / "my_rewards.py").write_text("def digits(completion, problem):\n    raise RuntimeError('a bug of mine')\n")
     with pytest.warns(UserWarning, match="the report could not be written"), pytest.raises(RewardFailure, match="a bug of mine"):
         go_on(run, "run.steps=5", "run.exact=false")

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,10 +31,10 @@ from grpo.rollouts.dialogue import Call, ChatTemplate, PlainText, called
 from grpo.rollouts.environments import Done, Message
 from grpo.rollouts.episode import FAILURE, Episode
 from grpo.rollouts.scripted import ScriptedEngine
-from grpo.rollouts.verifiers_episodes import VerifiersTask
-from grpo.rollouts.verifiers_episodes.conversation import Conversation, Reply
+from grpo.rollouts.verifiers_episodes import VerifiersTask, server
+from grpo.rollouts.verifiers_episodes.conversation import Conversation, End, Reply
 from grpo.rollouts.verifiers_episodes.environment import reply_of
-from grpo.rollouts.verifiers_episodes.server import SERVER, completion, events
+from grpo.rollouts.verifiers_episodes.server import SERVER, Loop, completion, events
 from grpo.toy import Characters
 from grpo.types import Completion, FinishReason, Outcome, Problem, Sampling
 
@@ -230,6 +231,70 @@ class Debate(vf.Env[DebateConfig]):
 class Two(SumTaskset, vf.Taskset[SumTask, vf.TasksetConfig]):
     TASK = SumTask
 """,
+    "toy_timed": """\
+import verifiers.v1 as vf
+from toy_sums import SumData
+
+__all__ = ["Timed"]
+
+
+class TimedTask(vf.Task[SumData]):
+    @vf.reward
+    async def correct(self, trace: vf.Trace) -> float:
+        return float(bool(trace.assistant_messages) and trace.last_reply == self.data.answer)
+
+
+class Timed(vf.Taskset[TimedTask, vf.TasksetConfig]):
+    def load(self):
+        for n in range(20):
+            yield TimedTask(SumData(prompt=f"{n} + 1 = ?", answer=str(n + 1), timeout={"agent": 3.0}), self.config.task)
+""",
+    "toy_flaky": """\
+import verifiers.v1 as vf
+from toy_sums import SumTask, SumTaskset
+
+__all__ = ["Flaky"]
+FAILURES = ["the port is taken"]
+
+
+class Flaky(SumTaskset, vf.Taskset[SumTask, vf.TasksetConfig]):
+    TASK = SumTask
+
+    def toolsets(self, config):
+        if FAILURES:
+            raise OSError(FAILURES.pop())
+        return []
+""",
+    "toy_stuck": """\
+import asyncio
+
+import verifiers.v1 as vf
+from toy_sums import SumTask, SumTaskset
+
+__all__ = ["Stuck", "Stucks"]
+STARTED, CANCELLED = [], []
+
+
+class StuckConfig(vf.EnvConfig):
+    agent: vf.AgentConfig = vf.AgentConfig()
+
+
+class Stuck(vf.Env[StuckConfig]):
+    async def run(self, task, agents):
+        await agents.agent.run(task)
+
+    async def start(self):
+        STARTED.append(1)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            CANCELLED.append(1)
+            raise
+
+
+class Stucks(SumTaskset, vf.Taskset[SumTask, vf.TasksetConfig]):
+    TASK = SumTask
+""",
     "toy_forgets": """\
 import httpx
 import verifiers.v1 as vf
@@ -308,6 +373,18 @@ def play(
         last = i == len(turns) - 1
         episode.advance(turn_of(episode, text, FinishReason.length if cut and last else FinishReason.stop))
     return episode
+
+
+def of_verifiers() -> Loop:
+    assert SERVER._running is not None
+    return SERVER._running[1]
+
+
+def wait_until(there: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def values(episode: Episode) -> dict[str, float]:
@@ -427,6 +504,60 @@ def test_a_hook_that_raises_leaves_the_rollout_unscored(tasksets: Path, broken: 
 
 
 @needs_verifiers
+def test_a_turn_that_comes_after_verifiers_gave_up_fails_the_rollout(tasksets: Path) -> None:
+    """It is right, and verifiers' limit, which counts the time in the queue of our engines, would have it scored as wrong."""
+    (problem,) = problems("toy-timed")
+    episode = play(problem, [])
+    wait_until(lambda: not of_verifiers().rollouts)
+    episode.advance(turn_of(episode, problem.answer))
+    detail = episode.scores[FAILURE].detail
+    assert "gave up while the policy was sampling (ended by agent_timeout)" in detail and "environment.agent.timeout.rollout" in detail
+    assert math.isnan(episode.rollout({}, {"verifiers": 1.0}).reward)
+    assert values(play(problem, [problem.answer]))["verifiers"] == 1
+
+
+REPLY = Reply(content="2", reasoning="", calls=(), truncated=False, prompt_tokens=1, completion_tokens=1)
+
+
+@pytest.mark.parametrize("judged", [True, False], ids=["judged", "being judged"])
+@pytest.mark.parametrize(("ok", "reply"), [(True, REPLY), (True, None), (False, REPLY)])
+def test_what_verifiers_says_when_it_ends_while_a_turn_is_sampled(judged: bool, ok: bool, reply: Reply | None) -> None:
+    """A turn that comes too late is an error. Without one, by a limit of ours, the end stands; so does an end that is an error anyway."""
+
+    async def converse() -> None:
+        conversation = Conversation(asyncio.get_running_loop(), lambda given_up: None)
+        conversation.trace = SimpleNamespace(stop_condition=None, stop=lambda condition: None)
+        call = asyncio.create_task(conversation.reply({"messages": [{"role": "user", "content": "1 + 1"}]}))
+        await asyncio.sleep(0)
+        assert conversation.next(1) == [Message("user", "1 + 1")]
+        conversation.trace.stop_condition = "agent_timeout"
+        end = End(conversation.trace, ok, ())
+        if judged:
+            conversation.end(end)
+            conversation.close()
+        conversation.answer(reply, last=reply is None)
+        await asyncio.sleep(0)
+        if not judged:
+            conversation.close()
+            conversation.end(end)
+        if reply is None or (judged and not ok):
+            assert conversation.next(1) is end
+        else:
+            with pytest.raises(RuntimeError, match=r"while the policy was sampling \(ended by agent_timeout\)"):
+                conversation.next(1)
+        assert await call is None
+
+    asyncio.run(converse())
+
+
+@needs_verifiers
+def test_a_failure_to_serve_is_that_of_the_rollouts_that_met_it(tasksets: Path) -> None:
+    (problem,) = problems("toy-flaky")
+    assert "could not serve the taskset 'toy-flaky': the port is taken" in play(problem, [problem.answer]).scores[FAILURE].detail
+    assert values(play(problem, [problem.answer]))["verifiers"] == 2.25
+
+
+@needs_verifiers
 def test_a_rewritten_history_ends_the_rollout(tasksets: Path) -> None:
     (problem,) = problems("toy-hooks")
     episode = play(problem, ["hello", "again"], environment=lambda: VerifiersTask(agent={"harness": {"id": "toy-forgets"}}))
@@ -461,6 +592,7 @@ def test_a_model_call_goes_on_from_the_conversation(messages: list[Any], tools: 
 
     async def converse() -> None:
         conversation = Conversation(asyncio.get_running_loop(), lambda given_up: None)
+        conversation.trace = SimpleNamespace(stop_condition=None)
         first = asyncio.create_task(conversation.reply({"messages": [ASKED], "tools": [TOOL_F]}))
         await asyncio.sleep(0)
         assert conversation.next(1) == [Message("tools", json.dumps([TOOL_F])), Message("user", "?")]
@@ -514,7 +646,7 @@ def test_many_at_once_and_then_nothing_is_left(tasksets: Path) -> None:
     assert [[r.reward for r in group.rollouts] for group in made] == [[0.25, 2.25, 2.25, 2.25]] * 8
     shown = [piece for group in made for r in group.rollouts for piece, own in r.completion.transcript if not own]
     (process,) = {int(piece.split("\n")[1]) for piece in shown}
-    port = int(SERVER._url.rsplit(":", 1)[1].split("/")[0])
+    port = int(of_verifiers().url.rsplit(":", 1)[1].split("/")[0])
     VerifiersTask.close_shared()
     VerifiersTask.close_shared()
     assert not [thread for thread in threading.enumerate() if thread.name == "verifiers"]
@@ -529,14 +661,47 @@ def test_many_at_once_and_then_nothing_is_left(tasksets: Path) -> None:
 def test_a_rollout_that_is_given_up_ends_for_verifiers_too(tasksets: Path) -> None:
     (problem,) = problems("toy-guess")
     play(problem, [])  # the loop is there
-    before = set(SERVER._rollouts)
+    before = set(of_verifiers().rollouts)
     episode = play(problem, [])
-    (conversation,) = set(SERVER._rollouts) - before
+    (conversation,) = set(of_verifiers().rollouts) - before
     episode.give_up()
-    deadline = time.monotonic() + 20
-    while conversation in SERVER._rollouts:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: conversation not in of_verifiers().rollouts)
+
+
+@needs_verifiers
+def test_servers_that_are_still_being_started_do_not_hold_up_the_end(tasksets: Path) -> None:
+    (problem,) = problems("toy-stuck")
+    stuck = sys.modules["toy_stuck"]
+    conversation = SERVER.begin(problem, {})
+    wait_until(lambda: stuck.STARTED)
+    VerifiersTask.close_shared()
+    assert stuck.CANCELLED and not [thread for thread in threading.enumerate() if thread.name == "verifiers"]
+    with pytest.raises(RuntimeError, match="given up"):
+        conversation.next(60)
+
+
+@needs_verifiers
+def test_a_loop_that_takes_its_time_to_end_is_not_mixed_up_with_the_next(tasksets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (problem,) = problems("toy-guess")
+    play(problem, [])
+    thread, old = SERVER._running or pytest.fail("it runs")
+    monkeypatch.setattr(server, "_TO_CLOSE_S", 0)
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        go_on.wait(60)
+
+    old._loop.call_soon_threadsafe(hold)
+    assert held.wait(60)
+    VerifiersTask.close_shared()  # does not wait for it
+    episode = play(problem, ["3"])
+    assert of_verifiers() is not old and thread.is_alive()
+    go_on.set()
+    thread.join(60)
+    assert not thread.is_alive() and old.rollouts == {}, "it has ended its own rollouts"
+    episode.advance(turn_of(episode, "7"))
+    assert values(episode)["verifiers"] == 1 / 2, "and none of the other's"
 
 
 # ---------------------------------------------------------------- settings

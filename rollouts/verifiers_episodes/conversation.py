@@ -57,6 +57,7 @@ class Conversation:
         self._said: list[_Gist] = []  # so far
         self._tools: Any = None
         self._over = False  # by a limit of ours
+        self._end: End | None = None  # that came while a call waited; told in place of the call's answer
 
     def next(self, timeout_s: float) -> Sequence[Message] | End:
         """What verifiers says next.
@@ -79,6 +80,13 @@ class Conversation:
         """Let the call that waits return; None refuses it. After the ``last`` answer, all calls are refused."""
         self._loop.call_soon_threadsafe(self._answer, reply, last)
 
+    def end(self, end: End) -> None:
+        """Verifiers is done. What was asked is answered first: a turn that comes too late must not be judged as if it had been seen."""
+        if self._waiting is not None:
+            self._end = end
+        else:
+            self.put(end)
+
     def put(self, what: Sequence[Message] | End | BaseException) -> None:
         self._coming.put(what)
 
@@ -98,18 +106,27 @@ class Conversation:
 
     def close(self) -> None:
         """Nobody will answer the call that still waits, if there is one."""
-        if self._call is not None and not self._call.done():
-            self._call.set_result(None)
+        if (call := self._waiting) is not None:
+            call.set_result(None)
+
+    @property
+    def _waiting(self) -> asyncio.Future[Reply | None] | None:
+        return None if self._call is None or self._call.done() else self._call
 
     def _answer(self, reply: Reply | None, last: bool) -> None:
         self._over = last
-        if self._call is None or self._call.done():
-            return  # verifiers has given up meanwhile, and says so
-        if reply is None:
-            self._cut_off()
-        else:
-            self._said.append(_Gist.of(reply.message))
-        self._call.set_result(reply)
+        call, end = self._waiting, self._end
+        if end is not None and (reply is None or not end.ok):
+            self.put(end)
+        elif reply is not None and (end is not None or (call is not None and self.trace.stop_condition is not None)):
+            self.put(_too_late(self.trace.stop_condition))
+            self.close()
+        elif call is not None:  # else verifiers has failed meanwhile, and says so
+            if reply is None:
+                self._cut_off()
+            else:
+                self._said.append(_Gist.of(reply.message))
+            call.set_result(reply)
 
     def _cut_off(self) -> None:
         self.trace.stop("max_total_tokens")  # one of verifiers' limits: the rollout counts as truncated, not as failed
@@ -120,7 +137,7 @@ class Conversation:
         Raises:
             ValueError: it does not go on from there.
         """
-        if self._call is not None and not self._call.done():
+        if self._waiting is not None:
             raise _rewritten("it makes several model calls at once")
         said, tools = [_Gist.of(message) for message in body["messages"]], body.get("tools") or []
         before, new = said[: len(self._said)], said[len(self._said) :]
@@ -136,6 +153,13 @@ class Conversation:
         opening = [] if self._said or not tools else [Message(TOOLS, json.dumps(tools))]
         self._said, self._tools = said, tools
         return opening + [Message(gist.role, gist.text) for gist in new]
+
+
+def _too_late(condition: str | None) -> RuntimeError:
+    return RuntimeError(
+        f"verifiers gave up while the policy was sampling (ended by {condition}): the rewards do not see this turn\n"
+        "  → a longer timeout, or none: it counts sampling too (environment.agent.timeout.rollout, else the task's timeout.agent)"
+    )
 
 
 def _rewritten(how: str) -> ValueError:

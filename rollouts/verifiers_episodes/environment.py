@@ -34,6 +34,8 @@ class VerifiersTask:
         timeout_s: for verifiers to come back with the next model call, or the end.
         agent: settings of verifiers' ``AgentConfig``, such as ``{harness: {id: bash}, runtime: {type: docker}}``. Without them, a plain
             loop of turns and tool calls in this process, and the runtime ``subprocess``: what tools and hooks do is done on this machine.
+            verifiers' ``timeout.rollout`` (else the task's ``timeout.agent``) also counts the time in which the policy samples, and waits
+            to; a rollout whose turn comes after it fails.
 
     Raises:
         ImportError: verifiers is not installed.

@@ -19,6 +19,7 @@ from grpo.types import Problem
 
 HARNESS = "grpo_in_process"  # verifiers finds plugins by the names of modules, which may have no dots
 _MODEL = "policy"
+_TO_CLOSE_S = 60  # verifiers gives each of its servers some seconds
 
 
 class Server:
@@ -26,72 +27,99 @@ class Server:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the thread's coming and going
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop
-        self._closing: asyncio.Event
-        self._url = ""
+        self._running: tuple[threading.Thread, Loop] | None = None
 
     def begin(self, problem: Problem, agent: Mapping[str, Any]) -> Conversation:
         """A rollout of the problem's task, under way."""
         with self._lock:
-            if self._thread is None:
-                self._open()
-            conversation = Conversation(self._loop, self._give_up)
-            self._loop.call_soon_threadsafe(self._start, conversation, problem, agent)
-            return conversation
+            if self._running is None:
+                self._running = _started()
+            return self._running[1].begin(problem, agent)
 
     def close(self) -> None:
         """End every rollout, and verifiers' servers with it."""
         with self._lock:
-            thread, self._thread = self._thread, None
-            if thread is not None:
-                self._loop.call_soon_threadsafe(self._closing.set)
-                thread.join(60)  # verifiers gives each of its servers some seconds
+            running, self._running = self._running, None
+            if running is not None:
+                thread, loop = running
+                loop.close()
+                thread.join(_TO_CLOSE_S)
 
-    def _open(self) -> None:
-        ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        thread = threading.Thread(target=lambda: asyncio.run(self._main(ready.put)), name="verifiers", daemon=True)
-        thread.start()
-        if error := ready.get():
-            raise error
-        self._thread = thread
+
+def _started() -> tuple[threading.Thread, Loop]:
+    ready: queue.SimpleQueue[Loop | BaseException] = queue.SimpleQueue()
+    thread = threading.Thread(target=lambda: asyncio.run(_main(ready.put)), name="verifiers", daemon=True)
+    thread.start()
+    loop = ready.get()
+    if isinstance(loop, BaseException):
+        raise loop
+    return thread, loop
+
+
+async def _main(ready: Callable[[Loop | BaseException], None]) -> None:
+    try:
+        sys.modules[HARNESS] = importlib.import_module("grpo.rollouts.verifiers_episodes.harness")
+        _only_errors(logging.getLogger("verifiers"))
+        loop = Loop()
+        endpoint = await loop.open()
+    except BaseException as error:
+        ready(error)
+        return
+    ready(loop)
+    await loop.until_closed()
+    await endpoint.cleanup()
+
+
+class Loop:
+    """What happens on one event loop, the running one. ``begin`` and ``close`` are for other threads."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.rollouts: dict[Conversation, asyncio.Task[None]] = {}
+        self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
+        self._calling: dict[str, Conversation] = {}  # by the ids of their traces, which model calls carry
+        self._served: dict[str, tuple[asyncio.Future[Any], asyncio.Task[None]]] = {}
+
+    def begin(self, problem: Problem, agent: Mapping[str, Any]) -> Conversation:
+        conversation = Conversation(self._loop, self._give_up)
+        self._loop.call_soon_threadsafe(self._start, conversation, problem, agent)
+        return conversation
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._closing.set)
 
     # --- on the loop ---
 
-    async def _main(self, ready: Callable[[BaseException | None], None]) -> None:
-        try:
-            from aiohttp import web
+    async def open(self) -> Any:
+        """The endpoint."""
+        from aiohttp import web
 
-            sys.modules[HARNESS] = importlib.import_module("grpo.rollouts.verifiers_episodes.harness")
-            _only_errors(logging.getLogger("verifiers"))
-            self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
-            self._rollouts: dict[Conversation, asyncio.Task[None]] = {}
-            self._calling: dict[str, Conversation] = {}  # by the ids of their traces, which model calls carry
-            self._served: dict[str, tuple[asyncio.Future[Any], asyncio.Task[None]]] = {}
-            app = web.Application(client_max_size=2**30)
-            app.router.add_post("/v1/chat/completions", self._complete)
-            endpoint = web.AppRunner(app, access_log=None, shutdown_timeout=1)
-            await endpoint.setup()
-            await web.TCPSite(endpoint, "127.0.0.1", 0).start()
-            self._url = f"http://127.0.0.1:{endpoint.addresses[0][1]}/v1"
-        except BaseException as error:
-            ready(error)
-            return
-        ready(None)
+        app = web.Application(client_max_size=2**30)
+        app.router.add_post("/v1/chat/completions", self._complete)
+        endpoint = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+        await endpoint.setup()
+        await web.TCPSite(endpoint, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{endpoint.addresses[0][1]}/v1"
+        return endpoint
+
+    async def until_closed(self) -> None:
+        """Ends with every rollout and every taskset's servers."""
         await self._closing.wait()
-        rollouts = list(self._rollouts.values())
+        rollouts, served = list(self.rollouts.values()), list(self._served.values())
         for rollout in rollouts:
             rollout.cancel()
         await asyncio.gather(*rollouts, return_exceptions=True)
-        await asyncio.gather(*(serving for _, serving in self._served.values()), return_exceptions=True)
-        await endpoint.cleanup()
+        for env, serving in served:
+            if not env.done():  # what serves ends by itself; what is still being started may never come so far
+                serving.cancel()
+        await asyncio.gather(*(serving for _, serving in served), return_exceptions=True)
 
     def _start(self, conversation: Conversation, problem: Problem, agent: Mapping[str, Any]) -> None:
-        self._rollouts[conversation] = asyncio.create_task(self._run(conversation, problem, agent))
+        self.rollouts[conversation] = asyncio.create_task(self._run(conversation, problem, agent))
 
     def _give_up(self, conversation: Conversation) -> None:
-        if conversation in self._rollouts:
-            self._rollouts[conversation].cancel()
+        if conversation in self.rollouts:
+            self.rollouts[conversation].cancel()
 
     async def _run(self, conversation: Conversation, problem: Problem, agent: Mapping[str, Any]) -> None:
         def met(trace: Any) -> None:
@@ -106,7 +134,7 @@ class Server:
             episode = await env.run_episode(task, self._model(), on_trace=met)
             errors = [*episode.errors, *(conversation.trace.errors if conversation.trace else ())]
             said = tuple(error.traceback or f"{error.type}: {error.message}" for error in errors)
-            conversation.put(End(conversation.trace, episode.ok, said))
+            conversation.end(End(conversation.trace, episode.ok, said))
         except asyncio.CancelledError:
             conversation.put(RuntimeError("verifiers' rollout was given up"))
             raise
@@ -114,7 +142,7 @@ class Server:
             conversation.put(error)
         finally:
             conversation.close()
-            del self._rollouts[conversation]
+            del self.rollouts[conversation]
             if conversation.trace is not None:
                 del self._calling[conversation.trace.id]
 
@@ -122,17 +150,21 @@ class Server:
         from verifiers.v1 import ModelContext
         from verifiers.v1.clients import EvalClientConfig
 
-        return ModelContext(model=_MODEL, client=EvalClientConfig(base_url=self._url, api_key_var="GRPO_NEEDS_NO_API_KEY"))
+        return ModelContext(model=_MODEL, client=EvalClientConfig(base_url=self.url, api_key_var="GRPO_NEEDS_NO_API_KEY"))
 
     async def _env(self, made_by: Mapping[str, Any], agent: Mapping[str, Any]) -> Any:
         """verifiers' ``Env`` of a taskset, serving the tools that its rollouts share."""
         key = json.dumps([made_by["taskset"], made_by["settings"], agent], sort_keys=True)
         if key not in self._served:
-            served = self._loop.create_future()
-            self._served[key] = served, asyncio.create_task(self._serve(made_by, agent, served))
-        return await asyncio.shield(self._served[key][0])
+            future = self._loop.create_future()
+            self._served[key] = future, asyncio.create_task(self._serve(key, made_by, agent, future))
+        served, _ = self._served[key]
+        await asyncio.wait([served])
+        if error := served.exception():  # of all rollouts that waited: each raises one of its own
+            raise RuntimeError(f"verifiers could not serve the taskset {made_by['taskset']!r}: {error}") from error
+        return served.result()
 
-    async def _serve(self, made_by: Mapping[str, Any], agent: Mapping[str, Any], served: asyncio.Future[Any]) -> None:
+    async def _serve(self, key: str, made_by: Mapping[str, Any], agent: Mapping[str, Any], served: asyncio.Future[Any]) -> None:
         """Serve until the end: what is begun in a task must be ended in it."""
         from verifiers.v1.utils.loaders import load_environment, resolve_env_config
 
@@ -144,10 +176,15 @@ class Server:
             async with env.serving():
                 served.set_result(env)
                 await self._closing.wait()
+        except asyncio.CancelledError:
+            served.cancel()
+            raise
         except BaseException as error:
             if served.done():
                 raise
             served.set_exception(error)
+        finally:
+            del self._served[key]  # the next rollout tries anew
 
     async def _complete(self, request: Any) -> Any:
         """``POST /v1/chat/completions``"""
