@@ -22,6 +22,7 @@ from grpo.card import objective_card
 from grpo.conditions import check_conditions
 from grpo.config import Config, ConfigError, RunConfig
 from grpo.data import ProblemSource
+from grpo.environment_record import environment
 from grpo.interrupt import StopSignal
 from grpo.loggers import Logger
 from grpo.machine import Machine, machine, without_engines, without_trainer
@@ -29,10 +30,7 @@ from grpo.metrics import eval_metrics, headline
 from grpo.models import resolve_model
 from grpo.parts import (
     GroupMakers,
-    chat_format,
-    check_rows,
     conditions_of,
-    in_chat,
     inputs_of,
     make_collector,
     make_engine,
@@ -41,12 +39,12 @@ from grpo.parts import (
     make_policy,
     make_ranks,
     make_runtime,
-    make_tokenizer,
     make_weight_sync,
     shared_by_environments,
 )
 from grpo.plan import Plan, check_sandbox, load_both_splits, load_split, plan, plan_without_model
 from grpo.policy import NUM_MOMENTS
+from grpo.prompts import chat_format, check_rows, in_chat, make_tokenizer
 from grpo.replay import StepReplay
 from grpo.report import write_report
 from grpo.rewards.health import UnscoredStop
@@ -54,7 +52,7 @@ from grpo.rollout_table import groups_of
 from grpo.rollouts.base import Progress
 from grpo.rollouts.collect import collect
 from grpo.rollouts.weights import checkpoint_shapes
-from grpo.run import RunFolder, environment
+from grpo.run import RunFolder
 from grpo.trainer import Settings, Trainer
 from grpo.types import Group, Problem
 

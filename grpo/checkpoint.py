@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from grpo import randomness
+from grpo.best import BEST_FILE, Best
 from grpo.config import ConfigError
 from grpo.policy import Policy
-from grpo.run import BEST_FILE, Best, RunFolder
+from grpo.run import RunFolder
 from grpo.storage import StorageError, storage, sync, write_text
 
 STATE_FILE = "trainer_state.pt"

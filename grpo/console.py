@@ -21,11 +21,12 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from grpo.best import Best
 from grpo.loggers import Advantages, Logger
 from grpo.metrics import best_and_worst, duration, headline, mean, passes, series
 from grpo.rewards.health import failures
 from grpo.rollout_table import rollout_key
-from grpo.run import Best, RunFolder
+from grpo.run import RunFolder
 from grpo.types import Group, Outcome, Rollout, Score
 
 HEADER_EVERY = 20  # rows between two headers, and steps before a warning is repeated

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.conditions import Conditions, conditions
-from grpo.config import Config, ConfigError, EngineName, ScheduleName, TransferName, WandbMode
+from grpo.config import Config, EngineName, ScheduleName, TransferName, WandbMode
 from grpo.console import ConsoleLogger
-from grpo.data import ProblemSource, check_prompts
+from grpo.data import ProblemSource
 from grpo.inputs import inputs
 from grpo.interrupt import StopSignal
 from grpo.learner import Learner
@@ -22,12 +22,10 @@ from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbL
 from grpo.machine import Machine, cpus_of_trainer, cpus_per_engine, cpus_per_rank, gpus_of_trainer, need_ray
 from grpo.plan import Plan, scripted_answer
 from grpo.policy import HFPolicy, OptimSettings
+from grpo.prompts import make_dialogue
 from grpo.rollouts.assembly import Scorer, ScoreWhen
 from grpo.rollouts.base import Engine, Progress
 from grpo.rollouts.collect import Collector, Groups
-from grpo.rollouts.dialogue import TEXT, ChatTemplate, PlainText
-from grpo.rollouts.environments import Message, SingleTurn
-from grpo.rollouts.episode import Dialogue
 from grpo.rollouts.paced import PacedCollector
 from grpo.rollouts.proof import SelfTest
 from grpo.rollouts.scoring import scoring_runtime
@@ -41,48 +39,6 @@ if TYPE_CHECKING:
     from grpo.ranks import Ranks
 
 EVAL_SEED = 20_250_122  # evaluations draw the same randomness in every run, so that two runs differ by their models alone
-
-
-def make_tokenizer(folder: str, config: Config) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
-
-
-def chat_format(tokenizer: Any) -> Callable[[str], str]:
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            "data.chat", "is true, but the model's tokenizer has no chat template", "set data.chat=false, or choose an instruct model"
-        )
-    return partial(_as_chat, tokenizer)
-
-
-def in_chat(problems: Sequence[Problem], tokenizer: Any) -> list[Problem]:
-    chat = chat_format(tokenizer)
-    return [replace(problem, prompt=chat(problem.prompt)) for problem in problems]
-
-
-def _as_chat(tokenizer: Any, prompt: str) -> str:
-    text: str = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-    return text
-
-
-def make_dialogue(tokenizer: Any, chat: bool) -> Dialogue:
-    if not chat:
-        return PlainText(tokenizer)
-    try:
-        return ChatTemplate(tokenizer)
-    except ValueError as error:
-        raise ConfigError("data.chat", f"is true, but {error}") from error
-
-
-def check_rows(splits: Mapping[str, Sequence[Problem]], checked: Plan, tokenizer: Any, room: int) -> None:
-    """``check_prompts`` of every split. What an environment of the user's asks first is known when it asks."""
-    if checked.environment.target != f"{SingleTurn.__module__}.{SingleTurn.__name__}":
-        return
-    dialogue, config = make_dialogue(tokenizer, checked.config.data.chat), checked.config
-    for split, problems in splits.items():
-        check_prompts(problems, split, lambda prompt: len(dialogue.opening((Message(TEXT, prompt),))), room, config.rollout.max_new_tokens)
 
 
 def make_engine(

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from grpo.best import BEST_FILE, Best
 from grpo.config import ConfigError
-from grpo.environment import usable_cores
 from grpo.rollout_table import RolloutKey, rollout_table
 from grpo.storage import storage, sync, write_atomically, write_text
 from grpo.types import Group
@@ -37,44 +33,8 @@ if TYPE_CHECKING:
 
 RolloutFolder = Literal["rollouts", "eval"]
 
-PACKAGES = ("grpo-toolkit", "torch", "vllm", "ray", "transformers", "wandb")
-
 # Columns of the metrics that the clock and the machine's faults decide. All others are the same whenever a run is made again exactly.
 MEASURED = ("time/", "throughput/", "engine/")
-
-
-BEST_FILE = "evaluation.json"  # in ``checkpoints/best``: what makes it the best
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Best:
-    """The best model by evaluation: the step it is of, its held-out pass@1, and what that rests on."""
-
-    step: int
-    score: float
-    judge: Mapping[str, Any] = field(default_factory=dict, hash=False)  # as JSON has it; without a key: that is not known
-
-    def judged_by(self, judge: Mapping[str, Any]) -> bool:
-        """Whether a score of ``judge`` can be held against this one: whatever is known of both is the same."""
-        return all(self.judge[name] == judge[name] for name in self.judge.keys() & judge.keys())
-
-    def to_json(self) -> str:
-        return json.dumps({"step": self.step, "eval/pass@1": self.score, "judge": self.judge}) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Best:
-        """
-        Raises:
-            ValueError: the text is not what ``to_json`` gives.
-        """
-        try:
-            record = json.loads(text)
-            return cls(step=int(record["step"]), score=float(record["eval/pass@1"]), judge=dict(record.get("judge", {})))
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{text!r} is no record of a best model") from error
-
-    def __str__(self) -> str:
-        return f"the model of step {self.step} (held-out pass@1 {self.score:.2f})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,59 +309,6 @@ class RunFolder:
         except (pa.ArrowException, OSError) as error:
             problem = f"{str(file)!r} cannot be read: {' '.join(str(error).split())}"
             raise ConfigError(folder, problem, "choose another --step, or remove the file: training needs it no more") from error
-
-
-def environment(conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """The machine, the versions, the command: what a reader needs to judge the numbers. Imports none of the packages.
-
-    Args:
-        conditions: what the bits of the run rest on, as ``grpo.conditions`` has them.
-    """
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "cores": usable_cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": list(_gpu_models()),
-        "packages": {package: _version(package) for package in PACKAGES},
-        "git_commit": _git_commit(),
-        "conditions": dict(conditions),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return match[1] if match else platform.processor() or platform.machine()
-
-
-def _gpu_models() -> Iterator[str]:
-    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        match = re.search(r"^Model:\s*(.+)$", file.read_text(), re.MULTILINE)
-        if match:
-            yield match[1].strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit checked out where the command was run, with ``+changes`` if the working tree differs from it."""
-    try:
-        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
 
 
 def _format_row(row: Mapping[str, float]) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from grpo import checkpoint, randomness
 from grpo.batch import Batch
+from grpo.best import Best
 from grpo.interrupt import StopSignal
 from grpo.learner import Learner
 from grpo.loggers import Logger
@@ -23,7 +24,7 @@ from grpo.metrics import eval_metrics, has_signal, rollout_metrics, staleness_me
 from grpo.rewards.health import RewardFailure, UnscoredStop
 from grpo.rollout_table import rollout_key
 from grpo.rollouts.dynamic import Draw, draw_groups
-from grpo.run import Best, RunFolder
+from grpo.run import RunFolder
 from grpo.types import Group, Problem
 from grpo.weight_sync import WeightSync
 

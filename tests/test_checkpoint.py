@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import save_file
 
 from grpo import checkpoint, randomness
+from grpo.best import Best
 from grpo.config import ConfigError
-from grpo.run import Best, RunFolder
+from grpo.run import RunFolder
 from grpo.storage import StorageError
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from grpo.best import Best
 from grpo.config import ConfigError, WandbConfig, WandbMode
 from grpo.console import (
     ConsoleLogger,
@@ -33,7 +34,7 @@ from grpo.console import (
     warnings,
 )
 from grpo.loggers import JsonlLogger, Logger, Loggers, TensorBoardLogger, WandbLogger, has_wandb_key, wandb_mode
-from grpo.run import Best, RunFolder
+from grpo.run import RunFolder
 from grpo.toy import toy_group
 from grpo.types import Completion, FinishReason, Group, Problem, Rollout, Score
 

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from grpo.conditions import check_conditions, conditions
 from grpo.config import Config, ConfigError, EngineName, RolloutConfig, ScheduleName
+from grpo.environment_record import environment
 from grpo.metrics import best_and_worst, bootstrap_half_width, duration, eval_metrics, headline, pass_at_k, rollout_metrics
 from grpo.rollouts.transfer import Disk
-from grpo.run import RunFolder, environment
+from grpo.run import RunFolder
 from grpo.storage import StorageError, storage
 from grpo.types import Completion, FinishReason, Group, Outcome, Problem, Rollout, Score
 

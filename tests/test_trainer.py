@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from grpo import checkpoint
+from grpo.best import Best
 from grpo.build import train
 from grpo.cli import main
 from grpo.config import ConfigError
@@ -30,7 +31,7 @@ from grpo.recipe import load_recipe, load_run
 from grpo.rewards.health import RewardFailure
 from grpo.rollouts.collect import Collector
 from grpo.rollouts.paced import PacedCollector
-from grpo.run import Best, RunFolder
+from grpo.run import RunFolder
 from grpo.trainer import Trainer, best_of
 
 from . import tiny_runs
