@@ -630,7 +630,7 @@ def test_scoring_that_nobody_waits_for_is_ended() -> None:
 def test_what_is_given_up_is_closed(broken: bool) -> None:
     """Three rollouts: one that is over, one whose next turn waits for an engine, and one that is with its environment, closed behind it."""
     closed: list[str] = []
-    let_go, all_closed = threading.Event(), threading.Event()
+    asked, let_go, all_closed = threading.Event(), threading.Event(), threading.Event()
 
     class Closes(SingleTurn):
         def start(self, problem: Problem) -> Sequence[Message]:
@@ -639,6 +639,7 @@ def test_what_is_given_up_is_closed(broken: bool) -> None:
 
         def step(self, completion: Completion) -> Sequence[Message] | Done:
             if self.id == "p2":
+                asked.set()
                 let_go.wait(20)
             return Done() if self.id == "p0" else (Message("text", "and?"),)
 
@@ -659,6 +660,7 @@ def test_what_is_given_up_is_closed(broken: bool) -> None:
         assembly.note([(job.number, turn_of(job)) for job in jobs])
         while assembly.unfinished > 2 or not assembly.sampling:
             time.sleep(0.002)
+        assert asked.wait(20), "a call that has not begun is dropped, and its environment closed at once"
         raise KeyboardInterrupt
     assert sorted(closed) == ["p0", "p1"]
     let_go.set()
