@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
+    from grpo.rollouts.base import Engine
+
     from .workshop import Workshop
+
+# Their asserts are to say what they compared, like those of the test files.
+pytest.register_assert_rewrite("tests.counted_rollouts", "tests.engine_checks")
 
 settings.register_profile(
     "grpo",
@@ -91,3 +98,44 @@ def one_thread() -> Iterator[None]:
     yield
     torch.set_num_threads = set_num_threads
     set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def vllm_engine(tiny_model: str) -> Iterator[Engine]:
+    """Started once: it takes ten seconds."""
+    from grpo.rollouts.vllm import VLLMEngine
+
+    from .engine_checks import SHORT
+
+    engine = VLLMEngine(tiny_model, dtype="float32", max_model_len=128, engine_args={"kv_cache_memory_bytes": 64 << 20})
+    yield engine
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.generate([], SHORT)
+
+
+@pytest.fixture(scope="module")
+def hf_engine(tiny_model: str) -> Iterator[Engine]:
+    from grpo.rollouts.hf import HFEngine
+
+    engine = HFEngine(tiny_model, dtype="float32")
+    yield engine
+    engine.close()
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def toy_tasksets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """tests/tasksets, installed. Starting a tool server takes seconds: the tests of a file share what verifiers has running."""
+    from grpo.rollouts.verifiers_episodes import VerifiersTask
+
+    folder = tmp_path_factory.mktemp("tasksets")  # outside the checkout: verifiers takes what has a pyproject.toml above it for a project
+    shutil.copytree(Path(__file__).with_name("tasksets"), folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        yield folder
+        VerifiersTask.close_shared()
+    for file in folder.glob("*.py"):
+        sys.modules.pop(file.stem, None)
