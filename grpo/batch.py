@@ -60,10 +60,8 @@ class Batch:
         """The rollouts at positions ``keep``, in that order, under unchanged totals and group numbers."""
         if list(keep) == list(range(len(self.rollouts))):
             return self
-        starts = torch.searchsorted(self.rollout_index, torch.arange(len(self.rollouts) + 1))
-        tokens = torch.cat([torch.arange(int(starts[i]), int(starts[i + 1])) for i in keep]) if keep else torch.arange(0)
-        lengths = torch.tensor([int(starts[i + 1] - starts[i]) for i in keep], dtype=torch.long)
-        rows = torch.tensor(list(keep), dtype=torch.long)
+        tokens, rows = self.token_positions(keep), torch.tensor(list(keep), dtype=torch.long)
+        lengths = self.rollout_index.bincount(minlength=len(self.rollouts))[rows]
 
         def of(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[tokens]
@@ -80,6 +78,11 @@ class Batch:
             proximal_logprobs=of(self.proximal_logprobs),
             reference_logprobs=of(self.reference_logprobs),
         )
+
+    def token_positions(self, rollouts: Sequence[int]) -> Tensor:
+        """Where the tokens of these rollouts stand in the batch's tensors, in this order."""
+        starts = torch.searchsorted(self.rollout_index, torch.arange(len(self.rollouts) + 1))
+        return torch.cat([torch.arange(int(starts[i]), int(starts[i + 1])) for i in rollouts] or [torch.arange(0)])
 
     def with_signal(self) -> Batch:
         """Without the rollouts whose advantages are all exactly zero: they move no weight, yet stay in ``totals``."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from grpo.config import ConfigError
 from grpo.data import Row
+from grpo.imports import search_path
 from grpo.rewards.reasoning_gym import COLUMN, NEEDED, dataset
 
 HELDOUT_SEED = 20_250_122  # held-out problems are the same in every run
@@ -55,20 +56,14 @@ def reasoning_gym(split: str, *, task: str, seed: int = 0, size: int = 2000, hel
 # the environment when Python starts. And a generator may seed numpy, print, or run programs from a data set: not in the trainer.
 
 
-_CHILD = """\
-import json, sys
-order = json.load(sys.stdin)
-sys.path[:] = order.pop("path")
-from grpo.data_reasoning_gym import _answer
-_answer(**order)
-"""
+_CHILD = "import json, sys; from grpo.data_reasoning_gym import _answer; _answer(**json.load(sys.stdin))"
 
 
 def _in_a_child(order: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryFile() as written:  # not the child's stdout, where generators and sitecustomize print
         answer_to = written.fileno()
         try:
-            said = json.dumps({"order": order, "path": _path(), "answer_to": answer_to})
+            said = json.dumps({"order": order, "answer_to": answer_to})
         except TypeError as error:
             return {"error": f"{error}; write it as text"}
         child = subprocess.run(
@@ -76,7 +71,7 @@ def _in_a_child(order: dict[str, Any]) -> dict[str, Any]:
             input=said,
             stdout=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "PYTHONHASHSEED": "0"},
+            env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": search_path()},
             pass_fds=[answer_to],
         )
         written.seek(0)
@@ -87,12 +82,6 @@ def _in_a_child(order: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"the process that generates the problems {how}", "remedy": remedy}
     answered: dict[str, Any] = json.loads(answer)
     return answered
-
-
-def _path() -> list[str]:
-    """Ours, but the standard library first: a ``types.py`` beside a notebook does no harm here, where the real one was imported before."""
-    library = os.path.dirname(os.path.abspath(os.__file__))
-    return sorted(map(os.path.abspath, sys.path), key=lambda folder: folder not in (library, os.path.join(library, "lib-dynload")))
 
 
 def _answer(order: dict[str, Any], answer_to: int) -> None:

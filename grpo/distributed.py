@@ -22,11 +22,11 @@ from grpo import layouts
 from grpo.batch import Batch
 from grpo.layouts import LayoutName
 from grpo.losses import Loss, TokenScores, merge
-from grpo.policy import Metrics, check_optimiser
+from grpo.policy import Metrics, check_masters, check_optimiser
 from grpo.ranks import Ranks
 from grpo.rollouts.transfer import handfuls
-from grpo.rollouts.weights import PackedWeights, Spec, WeightStream, shown
-from grpo.sharded import MASTERS, OPTIMISER, WEIGHTS, MakeModel, RankSettings, RankUpdate, token_positions
+from grpo.rollouts.weights import PackedWeights, Spec, WeightStream
+from grpo.sharded import MASTERS, OPTIMISER, WEIGHTS, MakeModel, RankSettings, RankUpdate
 
 
 class DistributedPolicy:
@@ -96,6 +96,7 @@ class DistributedPolicy:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         optimiser = state["optimiser"]
+        check_masters(state["masters"], self._specs(MASTERS, None))
         check_optimiser(optimiser, self.settings.optim.name)
         self._take(state["masters"], MASTERS, None)
         tensors = {f"{i}/{key}": torch.as_tensor(value) for i, entry in optimiser["state"].items() for key, value in entry.items()}
@@ -124,7 +125,7 @@ class DistributedPolicy:
             where = shares(batch, self._layout, self._ranks.num_ranks)
             found = self._ranks.each("score", [(batch.select(share), kept) for share in where])
             for share, scores in zip(where, found, strict=True):
-                tokens = token_positions(batch, share)
+                tokens = batch.token_positions(share)
                 logprobs[tokens], entropy[tokens] = scores.logprobs, scores.entropy
         return TokenScores(logprobs=logprobs, entropy=entropy)
 
@@ -151,14 +152,7 @@ class DistributedPolicy:
         return {name.removeprefix(f"{kind}/"): spec for name, spec in specs.items() if name.startswith(f"{kind}/")}
 
     def _take(self, tensors: Mapping[str, Tensor], kind: str, kept: int | None) -> None:
-        """Give every rank its shards of whole tensors.
-
-        Raises:
-            ValueError: they are not those of this model; nothing was taken.
-        """
-        expected = {name: spec.shape for name, spec in self._specs(MASTERS, kept).items()}
-        if kind == MASTERS and (wrong := [n for n in expected.keys() | tensors.keys() if not _fits(tensors.get(n), expected.get(n))]):
-            raise ValueError(f"this state is of another model: {len(wrong)} tensors differ: {shown(wrong)}\n  → check model.path")
+        """Give every rank its shards of whole tensors."""
         for handful in handfuls((f"{kind}/{name}", tensor) for name, tensor in tensors.items()):
             self._ranks.all("take", PackedWeights.pack(handful), kept)
 
@@ -202,6 +196,7 @@ class Snapshot:
         return {"masters": weights, "optimiser": optimiser.state_dict(), "num_updates": 0, "num_skipped": 0}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        check_masters(state["masters"], self._policy._specs(MASTERS, self._number))
         self._policy._take(state["masters"], MASTERS, self._number)
 
     def save(self, folder: Path) -> None:
@@ -209,10 +204,6 @@ class Snapshot:
 
     def empty_cache(self) -> None:
         self._policy.empty_cache()
-
-
-def _fits(tensor: Tensor | None, shape: tuple[int, ...] | None) -> bool:
-    return tensor is not None and shape is not None and tuple(tensor.shape) == shape
 
 
 # ---------------------------------------------------------------- who computes what

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import os
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -62,6 +63,16 @@ def _module_from_source(path: str, source: str) -> types.ModuleType:
             del sys.modules[module_name]
             raise
     return sys.modules[module_name]
+
+
+def search_path() -> str:
+    """Where this process finds modules, as the PYTHONPATH of one that it starts: the user's own are found there too.
+
+    The standard library comes first: a ``types.py`` beside a notebook does no harm here, where the real one was imported before.
+    """
+    library = os.path.dirname(os.path.abspath(os.__file__))
+    ours = (library, os.path.join(library, "lib-dynload"))
+    return os.pathsep.join(sorted(map(os.path.abspath, sys.path), key=lambda folder: folder not in ours))
 
 
 def resolve(settings: Mapping[str, Any], key: str, positional: int | None, provided: tuple[str, ...] = ()) -> FunctionRef:
@@ -120,10 +131,18 @@ def _check_arguments(
         raise ConfigError(key, str(error), f"correct the argument; docs/{page}.md says what each one means") from error
 
 
-def _read_source(target: str, key: str) -> str | None:
-    path, _, name = target.rpartition(":")
+def check_names_function(target: str, key: str) -> None:
+    """
+    Raises:
+        ConfigError: a file alone is named.
+    """
     if target.endswith(".py"):
         raise ConfigError(key, f"{target!r} names a file, and none of its functions", f"write {target}:FUNCTION")
+
+
+def _read_source(target: str, key: str) -> str | None:
+    check_names_function(target, key)
+    path, _, name = target.rpartition(":")
     if not path.endswith(".py"):
         if ":" in target or "." not in target:
             raise ConfigError(

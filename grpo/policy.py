@@ -27,6 +27,7 @@ from grpo.types import Rollout
 
 if TYPE_CHECKING:
     from grpo.rollouts.base import Weights
+    from grpo.rollouts.weights import Spec
 
 Metrics = dict[str, float]
 
@@ -142,11 +143,10 @@ class HFPolicy:
         exact = torch.promote_types(self.dtype, torch.float32)
         logprobs, entropy = torch.zeros(batch.num_tokens, dtype=exact), torch.zeros(batch.num_tokens, dtype=exact)
         layout = self._layout(batch.rollouts)
-        starts = torch.searchsorted(batch.rollout_index, torch.arange(len(batch.rollouts) + 1))
         with torch.no_grad():
             for part_rows in layouts.microbatches(batch, layout, self.tokens_per_microbatch):
                 scores = self._scores(layouts.lay_out(_of(batch, part_rows), layout))
-                where = torch.cat([torch.arange(int(starts[i]), int(starts[i + 1])) for row in part_rows for i in row])
+                where = batch.token_positions([i for row in part_rows for i in row])
                 logprobs[where], entropy[where] = scores.logprobs.cpu(), scores.entropy.cpu()
         return TokenScores(logprobs=logprobs, entropy=entropy)
 
@@ -242,11 +242,7 @@ class HFPolicy:
         norm = torch.nn.utils.get_total_norm([cast(Tensor, m.grad) for m in masters])
         rate = learning_rate(self.num_updates, self.optim)
         if finite and bool(norm.isfinite()):
-            if self.optim.max_grad_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(masters, self.optim.max_grad_norm, norm)
-            for group in self.optimiser.param_groups:
-                group["lr"] = rate
-            self.optimiser.step()
+            clip_and_step(self.optimiser, norm, self.optim.max_grad_norm, rate)
             self._renew()
         else:
             self.num_skipped += 1
@@ -303,16 +299,26 @@ def _make_state(optimiser: torch.optim.Optimizer) -> None:
             state["step"].zero_()
 
 
+def clip_and_step(optimiser: torch.optim.Optimizer, norm: Tensor, max_norm: float, rate: float) -> None:
+    """One step at this learning rate, of gradients whose norm is ``norm``, brought down to ``max_norm``; 0: as they are."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+        if max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(group["params"], max_norm, norm)
+    optimiser.step()
+
+
 def restore_moments(optimiser: torch.optim.Optimizer, moments: Mapping[int, Any]) -> None:
     """What an optimiser has gathered. Its settings stay those that it was made with: a run may be gone on with under others."""
     optimiser.load_state_dict({"state": dict(moments), "param_groups": optimiser.state_dict()["param_groups"]})
 
 
-def check_masters(held: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> None:
+def check_masters(held: Mapping[str, Tensor], masters: Mapping[str, Tensor | Spec]) -> None:
     """Raises:
     ConfigError: a checkpoint ``held`` the weights of another model.
     """
-    then, now = ({name: list(tensor.shape) for name, tensor in of.items()} for of in (held, masters))
+    then: dict[str, list[int]] = {name: list(tensor.shape) for name, tensor in held.items()}
+    now = {name: list(tensor.shape) for name, tensor in masters.items()}
     for name in [*now, *then]:
         if then.get(name) != now.get(name):
             what = f"names another model than this run has trained: {name} is {then.get(name, 'missing')} in its checkpoint"

@@ -29,6 +29,7 @@ from grpo.config import Config, ConfigError, EngineName, keys, shown
 from grpo.config_checks import validate
 from grpo.environment import vllm_is_for_gpus
 from grpo.idle import dropped
+from grpo.imports import check_names_function
 
 ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("share", lambda whole, share: max(1, round(whole * share)), replace=True)  # ${share:${key},0.2}
@@ -67,11 +68,8 @@ def locate(recipe: str) -> tuple[Path | None, str]:
     if not recipe.endswith((".yaml", ".yml")):
         if recipe not in built_in():
             near = [f"{recipe}.yaml"] if Path(f"{recipe}.yaml").expanduser().is_file() else get_close_matches(recipe, built_in(), n=1)
-            raise ConfigError(
-                "recipe",
-                f"there is no built-in recipe {recipe!r}",
-                f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(built_in())}; or give a path to a YAML file",
-            )
+            there = f"there are: {', '.join(built_in())}; or give a path to a YAML file"
+            raise ConfigError("recipe", f"there is no built-in recipe {recipe!r}", f"did you mean {near[0]!r}?" if near else there)
         return None, recipe
     file = Path(recipe).expanduser().resolve()
     if not file.is_file():
@@ -105,9 +103,8 @@ def compose_recipe(recipe: str, overrides: Sequence[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise translate(error) from error
     except YAMLError as error:
-        raise ConfigError(
-            "recipe", f"{recipe} or a file it names is not YAML: {' '.join(str(error).split())}", "correct the file"
-        ) from error
+        what = f"{recipe} or a file it names is not YAML: {' '.join(str(error).split())}"
+        raise ConfigError("recipe", what, "correct the file") from error
     _drop_idle(composed, overrides)
     _give_a_gpu(composed, overrides)
     if not composed.run.recipe:
@@ -132,7 +129,7 @@ def _give_a_gpu(composed: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def _given(overrides: Sequence[str]) -> set[str]:
-    return {override.key_or_group for override in OverridesParser.create().parse_overrides(list(overrides))}
+    return {override.key_or_group for override in parse(overrides)}
 
 
 def replacements(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -141,7 +138,7 @@ def replacements(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], l
     ``reward={}``, ``algo.correction={}`` and ``algo.objective.fn=…`` start from nothing: the arguments that a preset had for another
     function would not fit. ``reward.brevity.fn=…`` and ``algo.correction.mask.fn=…`` add an entry beside those that are there.
     """
-    parsed = OverridesParser.create().parse_overrides(checked_grammar(overrides))
+    parsed = parse(overrides)
     whole = [name for name, (default, _) in keys().items() if isinstance(default, dict)]
     chosen = [o.key_or_group for o in parsed if o.key_or_group in groups() and not isinstance(o.value(), dict)]
     single = [name for name in whole if name not in ("algo.correction", "reward")]
@@ -170,14 +167,16 @@ def replacements(overrides: Sequence[str]) -> tuple[dict[str, dict[str, Any]], l
     return replaced, rest
 
 
-def checked_grammar(overrides: Sequence[str]) -> list[str]:
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """
+    Raises:
+        ConfigError: one of them is not written as Hydra wants it.
+    """
     try:
-        OverridesParser.create().parse_overrides(list(overrides))
+        return cast(list[Override], OverridesParser.create().parse_overrides(list(overrides)))
     except HydraException as error:
-        raise ConfigError(
-            "command line", first_line(error), "overrides are written key=value; quote special characters: \"key='<value>'\""
-        ) from error
-    return list(overrides)
+        remedy = "overrides are written key=value; quote special characters: \"key='<value>'\""
+        raise ConfigError("command line", first_line(error), remedy) from error
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -196,8 +195,7 @@ def to_config(composed: DictConfig) -> Config:
 
 def prepare(overrides: Sequence[str]) -> list[str]:
     """Check every override's key, and mark new names under open nodes as additions, so that ``reward.brevity.fn=…`` just works."""
-    parsed = OverridesParser.create().parse_overrides(checked_grammar(overrides))
-    return [_prepare_one(text, override) for text, override in zip(overrides, parsed, strict=True)]
+    return [_prepare_one(text, override) for text, override in zip(overrides, parse(overrides), strict=True)]
 
 
 def _prepare_one(text: str, override: Override) -> str:
@@ -206,22 +204,17 @@ def _prepare_one(text: str, override: Override) -> str:
         raise ConfigError(key, "cannot be null", f"choose from: {', '.join(groups()[key])}")
     if key in groups() or key.startswith("hydra"):
         if isinstance(value := override.value(), str) and key in groups() and value not in groups()[key]:
-            near = get_close_matches(value, groups()[key], n=1)
-            raise ConfigError(
-                key, f"there is no {value!r}", f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(groups()[key])}"
-            )
+            near, there = get_close_matches(value, groups()[key], n=1), f"choose from: {', '.join(groups()[key])}"
+            raise ConfigError(key, f"there is no {value!r}", f"did you mean {near[0]!r}?" if near else there)
         return text
     known = keys()
-    if key in known and not isinstance(known[key][0], dict):
-        return text
     if key in known:
-        return text  # a whole open node: see replacements
+        return text
     if any(key.startswith(name + ".") for name, (default, _) in known.items() if isinstance(default, dict)):
         return text if text.startswith(("+", "~")) else f"++{text}"
     if any(name.startswith(key + ".") for name in known):
-        raise ConfigError(
-            key, "is a section, not a setting", f"set one of its keys, e.g. {next(n for n in known if n.startswith(key + '.'))}=…"
-        )
+        first = next(name for name in known if name.startswith(key + "."))
+        raise ConfigError(key, "is a section, not a setting", f"set one of its keys, e.g. {first}=…")
     raise unknown_key(key)
 
 
@@ -273,7 +266,7 @@ def load_run(folder: Path, overrides: Sequence[str] = (), reward: str | None = N
         ConfigError: the file is not a configuration of this version, or an override is wrong.
     """
     folder = folder.resolve()
-    for override in OverridesParser.create().parse_overrides(checked_grammar(overrides)):
+    for override in parse(overrides):
         _check_for_a_run(override)
     prepare(overrides)
     replaced, rest = replacements(overrides)
@@ -286,7 +279,7 @@ def load_run(folder: Path, overrides: Sequence[str] = (), reward: str | None = N
         if reward is not None:
             OmegaConf.update(composed, "reward", _reward_node(reward), merge=False)
             composed.eval.problems = 0  # eval.metric may name a part that this reward does not have
-        for override in OverridesParser.create().parse_overrides(rest):
+        for override in parse(rest):
             _lay(composed, override)
         for key, node in replaced.items():
             OmegaConf.update(composed, key, node, merge=False)
@@ -389,16 +382,16 @@ def refuse_resume(config: Config) -> None:
 
 def _reward_node(reward: str) -> DictConfig:
     """The ``reward`` node of a preset by its name; else one part whose function is ``reward``."""
-    from grpo.score import BUILT_IN as SHORT_NAMES
+    from grpo.rewards.named import BUILT_IN as SHORT_NAMES
 
+    check_names_function(reward, "--reward")
     presets = groups()["reward"]
     if reward in presets:
         node = OmegaConf.create((resources.files("grpo.recipes") / "reward" / f"{reward}.yaml").read_text(encoding="utf-8"))
         assert isinstance(node, DictConfig)
         return node
     if reward in SHORT_NAMES:  # those of `grpo score --reward`
-        named = SHORT_NAMES[reward]
-        return OmegaConf.create({reward: {"fn": named.target} | ({"style": named.style} if named.style else {})})
+        return OmegaConf.create({reward: SHORT_NAMES[reward].node})
     if ":" not in reward and "." not in reward:
         known = sorted({*presets, *SHORT_NAMES})
         near = get_close_matches(reward, known, n=1)

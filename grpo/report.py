@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from grpo import config_file
 from grpo.console import set_off
 from grpo.metrics import best_and_worst, duration, headline, series
 from grpo.run import RunFolder
@@ -63,10 +64,11 @@ def write_report(run: RunFolder) -> Path:
     """
     damaged: list[str] = []
     rows = _read(damaged, run.metrics_file, run.read_metrics) or []
-    config = _read(damaged, run.config_file, lambda: _read_yaml(run.config_file)) or {}
-    environment = _read(damaged, run.environment_file, lambda: _read_yaml(run.environment_file)) or {}  # JSON is YAML
-    shown = _first_and_last(run.rollout_steps())
-    samples = [_read(damaged, run.rollout_file(step), partial(_sample, run, step)) or "" for step in shown]
+    config = _read(damaged, run.config_file, lambda: config_file.read(run.config_file)) or {}
+    environment = _read(damaged, run.environment_file, lambda: dict(json.loads(run.environment_file.read_bytes()))) or {}
+    steps = run.rollout_steps()
+    first_and_last = dict.fromkeys(steps[:1] + steps[-1:])
+    samples = [_read(damaged, run.rollout_file(step), partial(_sample, run, step)) or "" for step in first_and_last]
     sections = [
         _header(run, rows, config, environment),
         '<div class="charts">' + "".join(_figure(chart) for chart in charts(rows)) + "</div>",
@@ -76,7 +78,7 @@ def write_report(run: RunFolder) -> Path:
         _details("Environment", run.environment_file),
     ]
     if damaged:
-        sections.insert(1, f'<section><h2>Left out</h2><ul>{"".join(f"<li>{html.escape(line)}</li>" for line in damaged)}</ul></section>')
+        sections.insert(1, f"<section><h2>Left out</h2><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in damaged)}</ul></section>")
     title = html.escape(f"{run.recipe} / {run.name}")
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -87,17 +89,12 @@ def write_report(run: RunFolder) -> Path:
 
 
 def _read(damaged: list[str], file: Path, read: Callable[[], T]) -> T | None:
-    """What ``read`` makes of a file; of one that it cannot read, nothing but a line in ``damaged``."""
+    """What ``read`` makes of a file, if it is there; of one that it cannot read, nothing but a line in ``damaged``."""
     try:
-        return read()
+        return read() if file.exists() else None
     except Exception as error:  # a file can be damaged in any way, and the rest of the run is worth reading
-        damaged.append(f"{file.name}: {_first_line(error)}")
+        damaged.append(f"{file.name}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}")
         return None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def charts(rows: Sequence[Row]) -> list[Chart]:
@@ -304,10 +301,6 @@ def _machine(environment: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, [*processors, *sizes]))
 
 
-def _first_and_last(steps: Sequence[int]) -> list[int]:
-    return list(dict.fromkeys([*steps[:1], *steps[-1:]]))
-
-
 def _sample(run: RunFolder, step: int) -> str:
     """A good and a bad rollout of a step, one above the other."""
     cards = "".join(_card(rollout) for rollout in _chosen(run.read_rollouts(step).to_pylist()))
@@ -330,7 +323,7 @@ def _card(rollout: Mapping[str, Any]) -> str:
     facts.append(f"{own} tokens" + (", cut off" if rollout["finish_reason"] == "length" else ""))
     return (
         f'<article><p class="facts">{" · ".join(facts)}</p><pre class="prompt">{_shown(rollout["prompt"])}</pre>'
-        f"<pre>{_written(rollout)}</pre><p class=\"facts\">answer: {_shown(rollout['answer'])}</p></article>"
+        f'<pre>{_written(rollout)}</pre><p class="facts">answer: {_shown(rollout["answer"])}</p></article>'
     )
 
 
@@ -355,17 +348,6 @@ def _shown(text: str) -> str:
 def _parts(rows: Sequence[Row]) -> list[str]:
     keys = dict.fromkeys(key for row in rows for key in row)
     return [match[1] for key in keys if (match := re.fullmatch(r"reward/([^/]+)/mean", key))]
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    import yaml
-
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("holds no names and values")
-    return content
 
 
 def _number(value: float) -> str:

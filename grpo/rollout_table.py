@@ -35,6 +35,7 @@ def rollout_table(
         "group": pa.array([r.problem.id for r in rollouts], pa.string()),
         "index": pa.array([r.completion.index for r in rollouts], pa.int32()),
         "prompt": pa.array([_utf8(r.problem.prompt) for r in rollouts], pa.string()),
+        "question": pa.array([_utf8(r.problem.question) for r in rollouts], pa.string()),
         "answer": pa.array([_utf8(r.problem.answer) for r in rollouts], pa.string()),
         "completion": pa.array([_utf8(r.completion.text) for r in rollouts], pa.string()),
         "transcript": pa.array([_pieces(r.completion) for r in rollouts], _piece_lists()),
@@ -101,7 +102,13 @@ def _columns(group: Group) -> list[str | None]:
 
 def _rollout(row: Mapping[str, Any], columns: Mapping[str, Any]) -> Rollout:
     return Rollout(
-        problem=Problem(id=row["problem_id"], prompt=row["prompt"], answer=row["answer"], columns=columns),
+        problem=Problem(
+            id=row["problem_id"],
+            prompt=row["prompt"],
+            question=row.get("question", row["prompt"]),  # a run of an older version has no such column
+            answer=row["answer"],
+            columns=columns,
+        ),
         completion=Completion(
             problem_id=row["problem_id"],
             index=row["index"],
@@ -113,7 +120,7 @@ def _rollout(row: Mapping[str, Any], columns: Mapping[str, Any]) -> Rollout:
             finish_reason=FinishReason(row["finish_reason"]),
             sampled=tuple(row.get("sampled") or ()),
             transcript=tuple((piece["text"], piece["own"]) for piece in row.get("transcript") or ()),
-            kept=tuple(row.get("kept") or ()),  # a run of an older version has no such column
+            kept=tuple(row.get("kept") or ()),  # nor this one
         ),
         scores=parts_of(row),
         reward=math.nan if row["reward"] is None else row["reward"],

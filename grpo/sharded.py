@@ -29,7 +29,7 @@ from grpo.batch import Batch
 from grpo.layouts import LayoutName, ModelInputs
 from grpo.logprobs import head_logprobs
 from grpo.losses import Loss, Stat, TokenScores, merge
-from grpo.policy import OptimSettings, check_head, learning_rate, make_optimiser, restore_moments, to_device
+from grpo.policy import OptimSettings, check_head, clip_and_step, learning_rate, make_optimiser, restore_moments, to_device
 from grpo.rollouts.weights import PackedWeights, Spec
 from grpo.types import Completion, FinishReason, Problem, Rollout
 
@@ -144,7 +144,7 @@ class ShardedPolicy:
             for some in rows:
                 scores = self.scorer(self._inputs(part, some, layout))
                 if some:
-                    where = token_positions(part, [i for row in some for i in row])
+                    where = part.token_positions([i for row in some for i in row])
                     logprobs[where], entropy[where] = (values.cpu() for values in scores)
             self._reshard()
         return TokenScores(logprobs=logprobs, entropy=entropy)
@@ -198,11 +198,7 @@ class ShardedPolicy:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         rate = learning_rate(self.num_updates, optim)
         if finite and bool(norm.isfinite()):
-            if optim.max_grad_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(masters, optim.max_grad_norm, norm)
-            for group in self.optimiser.param_groups:
-                group["lr"] = rate
-            self.optimiser.step()
+            clip_and_step(self.optimiser, norm, optim.max_grad_norm, rate)
         else:
             self.num_skipped += 1
         self.optimiser.zero_grad()
@@ -370,12 +366,6 @@ def _check_same(empty: Mapping[str, tuple[int, ...]], full: Mapping[str, tuple[i
             f"the model made from its configuration is not the one made from its weights: {len(other)} tensors differ, such as {shown}\n"
             "  → set trainer.ranks=1, or model.args to arguments that are the model's configuration"
         )
-
-
-def token_positions(batch: Batch, rollouts: Sequence[int]) -> Tensor:
-    """Where the tokens of these rollouts stand in the batch's tensors, in this order."""
-    starts = torch.searchsorted(batch.rollout_index, torch.arange(len(batch.rollouts) + 1))
-    return torch.cat([torch.arange(int(starts[i]), int(starts[i + 1])) for i in rollouts] or [torch.arange(0)])
 
 
 def _like(target: DTensor, whole: Tensor) -> DTensor:

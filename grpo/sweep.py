@@ -13,14 +13,13 @@ from tempfile import TemporaryDirectory
 from hydra import main as hydra_main
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import Config, ConfigError, keys
-from grpo.recipe import BUILT_IN, checked_grammar, first_line, groups, load_recipe, locate, prepare, refuse_resume, replacements
+from grpo.recipe import BUILT_IN, first_line, groups, load_recipe, locate, parse, prepare, refuse_resume, replacements
 
 
 def sweep(recipe: str, overrides: Sequence[str], job: Callable[[Config], None]) -> None:
@@ -78,8 +77,7 @@ def _of_hydra(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     Hydra could not replace a node; so it is not told that one is given anew. A sweep it must know: there the node is merged with,
     ``++``, which does no harm, for jobs are not made of what Hydra composes.
     """
-    parsed = OverridesParser.create().parse_overrides(checked_grammar(overrides))
-    fixed = [text for text, o in zip(overrides, parsed, strict=True) if not o.is_sweep_override()]
+    fixed = [text for text, o in zip(overrides, parse(overrides), strict=True) if not o.is_sweep_override()]
     _, mergeable = replacements(fixed)
     held_back = [text for text in fixed if text not in mergeable]
     told = [text for text in overrides if text not in held_back]
@@ -88,7 +86,7 @@ def _of_hydra(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _open_node_anew(text: str) -> bool:
     """Whether this is a sweep over whole open nodes: ``algo.correction={},{mask: …}``."""
-    (o,) = OverridesParser.create().parse_overrides([text])
+    (o,) = parse([text])
     if not o.is_sweep_override() or text.startswith(("+", "~")) or not isinstance(keys().get(o.key_or_group, (None,))[0], dict):
         return False
     anew = [value.startswith("{") for value in _values(o)]
@@ -100,7 +98,7 @@ def _open_node_anew(text: str) -> bool:
 @contextmanager
 def _place_of_hydra(overrides: Sequence[str]) -> Iterator[list[str]]:
     """Where Hydra leaves notes of its own, which a sweep in this process has no use for. Other launchers keep jobs and logs there."""
-    given = {o.key_or_group for o in OverridesParser.create().parse_overrides(checked_grammar(overrides))}
+    given = {o.key_or_group for o in parse(overrides)}
     if "hydra.sweep.dir" in given:
         yield []
     elif "hydra/launcher" in given:
@@ -126,7 +124,7 @@ def _errors_as_they_are() -> Iterator[None]:
 
 def _single_choices(overrides: Sequence[str]) -> Iterator[list[str]]:
     """One list of plain overrides for every value of every sweep, the other sweeps at their first value; no list twice."""
-    parsed = OverridesParser.create().parse_overrides(checked_grammar(overrides))
+    parsed = parse(overrides)
     choices = [_values(o) for o in parsed]
     first = [c[0] for c in choices]
     yield [_with_value(o, v) for o, v in zip(parsed, first, strict=True)]

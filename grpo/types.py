@@ -42,7 +42,6 @@ class Problem:
     answer: str
     columns: Mapping[str, Any] = field(default_factory=dict)  # every column of the data set, as it stands there
     # What data.template made of the row: the prompt without the chat template around it, and so the prompt itself where data.chat is false.
-    # Stored rollouts have the prompt alone.
     question: str = None  # type: ignore[assignment]  # not given: the prompt; an empty one stays empty, whatever the prompt becomes
 
     def __post_init__(self) -> None:

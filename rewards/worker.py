@@ -1,6 +1,6 @@
 """A reward worker: a process that loads the reward functions once and scores what it is sent, until its parent is gone.
 
-Started by ``grpo.rewards.runtime`` as ``python -m grpo.rewards.worker FD PARENT``. It is replaceable at any moment: the parent
+Started by ``grpo.rewards.worker_process`` as ``python -m grpo.rewards.worker FD PARENT``. It is replaceable at any moment: the parent
 kills it when a task overstays, and nothing in here needs to survive that.
 """
 

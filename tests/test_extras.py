@@ -270,9 +270,8 @@ def test_a_generators_process_imports_as_ours_and_may_print(notebook: Path, tmp_
     startup = tmp_path / "startup"
     startup.mkdir()
     (startup / "sitecustomize.py").write_text("print('hello from the machine')\n")
-    monkeypatch.setenv("PYTHONPATH", str(startup))
     monkeypatch.chdir(notebook)
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(sys, "path", ["", str(startup), *sys.path])
     order = {"split": "heldout", "task": "one", "seed": 0, "size": 1, "heldout": 1, "settings": {}}
     answer = data_reasoning_gym._in_a_child(order)
     assert [row["answer"] for row in answer.get("rows", [])] == ["1"], answer

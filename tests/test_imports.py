@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from grpo.config import ConfigError
-from grpo.imports import FunctionRef, resolve
+from grpo.imports import FunctionRef, resolve, search_path
 
 OWN = """
 from __future__ import annotations
@@ -99,6 +100,21 @@ def test_a_users_file_shadows_nothing(tmp_path: Path) -> None:
 
     assert resolve({"fn": f"{tmp_path / 'random.py'}:f"}, key="reward.x", positional=2).load()(0, 0) == random.Random(0).random()
     assert "json" in sys.modules and sys.modules["random"] is random
+
+
+def test_a_process_that_is_started_finds_what_this_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another folder; and files of the user that are called as modules of the standard library shadow these no more than here."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "mine.py").write_text("THREE = 3\n")
+    (tmp_path / "helper.py").write_text("FOUR = 4\n")
+    for name in ("types", "random"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('a file of the user')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", "lib", *sys.path])
+    environment = {**os.environ, "PYTHONPATH": search_path()}
+    command = [sys.executable, "-P", "-c", "import random, types, helper, mine, pytest; print(helper.FOUR + mine.THREE)"]
+    result = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
+    assert result.stdout == "7\n", result.stderr
 
 
 @pytest.mark.parametrize(

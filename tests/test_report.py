@@ -166,12 +166,18 @@ def test_a_damaged_file_is_left_out_and_named(run: RunFolder, name: str) -> None
         assert re.search(rf"<h2>Left out</h2><ul><li>{re.escape(name.rpartition('/')[2])}: .+</li></ul>", page)
 
 
+def test_the_configuration_is_read_as_a_run_that_goes_on_reads_it(run: RunFolder) -> None:
+    run.write_config("run: {seed: 1e3}\n")  # a number, as in a recipe; by plain YAML it is text
+    assert "<dt>Seed</dt><dd>1000.0</dd>" in write_report(run).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("num_rows", [0, 1, 2])
 def test_a_run_that_hardly_began(run: RunFolder, num_rows: int) -> None:
     for step in range(1, num_rows + 1):
         run.append_metrics(step_row(step))
     page = write_report(run).read_text(encoding="utf-8")
     check(page)
+    assert "Left out" not in page, "a file that is not there is not a damaged one"
     assert page.count("not recorded") == (len(TITLES) if num_rows == 0 else 2 if num_rows == 1 else 1)  # no evaluation; k3 was 0
 
 

@@ -22,7 +22,8 @@ from typing import Any, Self
 import pytest
 
 from grpo.rewards.base import parse_reward_config
-from grpo.rewards.runtime import RewardRuntime, _seconds_in_queue
+from grpo.rewards.runtime import RewardRuntime
+from grpo.rewards.worker_process import _seconds_in_queue
 from grpo.types import Completion, FinishReason, Outcome, Problem, Score
 
 PROBLEM = Problem(id="p", prompt="7 + 5 =", answer="12", columns={"level": 3})
@@ -260,7 +261,7 @@ def test_a_worker_that_keeps_too_much_is_replaced(make: Callable[..., RewardRunt
 def test_time_in_the_queue_for_a_core_is_not_the_functions(make: Callable[..., RewardRuntime], monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine is so busy that almost all of the wall time is waiting: no score may change. (Simulated: 0.1 s a look.)"""
     looks = itertools.count()
-    monkeypatch.setattr("grpo.rewards.runtime._seconds_in_queue", lambda pid: 10.0 * next(looks))
+    monkeypatch.setattr("grpo.rewards.worker_process._seconds_in_queue", lambda pid: 10.0 * next(looks))
     assert score(make({"behave": "behave"}, cpu_s=0.1, wall_s=0.1), "nap", "fine") == [{"behave": Score(value=0.5)}] * 2
 
 
@@ -644,7 +645,7 @@ def test_workers_end_when_the_trainer_is_killed(text: str, user_file: Path) -> N
     script = f"""
         import os, threading, time
         from grpo.rewards.base import parse_reward_config
-        from grpo.rewards.runtime import RewardRuntime, _seconds_in_queue
+        from grpo.rewards.runtime import RewardRuntime
         from grpo.types import Completion, FinishReason, Problem
 
         parts = parse_reward_config({{"behave": {{"fn": {f"{user_file}:behave"!r}}}}})

@@ -14,7 +14,8 @@ import pytest
 from grpo import cli, score
 from grpo.completion_file import Columns, chunks, read_rows
 from grpo.config import ConfigError
-from grpo.score import BUILT_IN, Task, parse_reward, score_file
+from grpo.rewards.named import BUILT_IN, parse_reward
+from grpo.score import Task, score_file
 
 MINE = """
 import time
