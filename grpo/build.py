@@ -119,7 +119,8 @@ def train(config: Config) -> Result:
         logger.start(plain(config), run, resumed_from)
         try:
             with stop.anywhere():
-                trainer = assemble(checked, where, problems, run, logger, stack, stop)
+                inputs, steps_left = here["inputs"], config.run.steps - (resumed_from or 0)
+                trainer = assemble(checked, where, problems, run, logger, stack, stop, inputs=inputs, steps_left=steps_left)
                 if resumed_from:
                     trainer.restore(resumed_from)
             trainer.train(stop, record)
@@ -154,10 +155,10 @@ def _settings_to_keep(config: Config, run: RunFolder) -> dict[str, Any]:
 
 
 def _record(run: RunFolder, settings: Mapping[str, Any], here: Mapping[str, Any], card: str) -> None:
-    """What the steps from here on are made with."""
-    run.write_config(config_file.dump(settings))
+    """What the steps from here on are made with. The configuration, which makes the folder a run, comes last: a kill leaves no half."""
     run.write_environment(run.read_environment() | dict(here))  # the weights' self-test has put its figures there
     run.write_objective(card)
+    run.write_config(config_file.dump(settings))
 
 
 def go_back(run: RunFolder, here: Mapping[str, Any], wanted: RunConfig) -> int:
@@ -188,6 +189,9 @@ def assemble(
     logger: Logger,
     stack: ExitStack,
     stop: StopSignal,
+    *,
+    inputs: Mapping[str, Any],
+    steps_left: int,
 ) -> Trainer:
     """Everything heavy, in the order in which it fails soonest."""
     config = checked.config
@@ -223,6 +227,7 @@ def assemble(
     def evaluator(step: int) -> tuple[Group, ...]:
         return collect(makers.evaluation(), heldout, step, progress("evaluating"))[0]
 
+    source = ProblemSource(train_problems, config.run.seed)
     return Trainer(
         settings=Settings(
             steps=config.run.steps,
@@ -238,11 +243,12 @@ def assemble(
         learner=make_learner(checked, policy),
         engine=engine,
         weights=make_weight_sync(config, policy, engine, tokenizer, train_problems, run, logger),
-        collector=make_collector(config, makers.training(), ProblemSource(train_problems, config.run.seed), progress("generating"), stack),
+        collector=make_collector(config, makers.training(), source, progress("generating"), stack, steps_left),
         evaluator=evaluator if heldout else None,
         reward_weights=checked.reward_weights,
         graders=UnscoredStop(weights=checked.reward_weights, share=config.scoring.unscored_share),
         logger=logger,
+        inputs=inputs,
     )
 
 

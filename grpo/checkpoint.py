@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def save_best(run: RunFolder, policy: Policy, best: Best) -> None:
 def save(run: RunFolder, step: int, policy: Policy, state: Mapping[str, Any], keep: int) -> None:
     """The model and everything needed to go on after ``step``; older ones beyond ``keep`` lose their place.
 
+    While it is written there are ``keep`` older ones at most, also in a run that kept more: one that has filled its disk can go on so.
+
     Raises:
         StorageError: the disk is full or cannot be written; the checkpoints there are untouched.
     """
@@ -60,12 +62,14 @@ def save(run: RunFolder, step: int, policy: Policy, state: Mapping[str, Any], ke
         with (beside / STATE_FILE).open("wb") as file:  # through a file of Python's: torch's own does not say why it failed
             torch.save(whole, file)
 
+    older = [s for s in steps(run) if s < step]
+    surplus, rest = older[:-keep], older[-keep:]
+    if surplus and any(damaged_file(run.checkpoint(s)) is None for s in reversed(rest)):  # else it may be all that is sound
+        _remove_all(run, surplus)
     _write(run.checkpoint(step), write)
     if not run.saved_mark.exists():  # after the checkpoint: a mark alone says that one is gone
         write_text(run.saved_mark, "")
-    with storage(run.checkpoints):
-        for old in [s for s in steps(run) if s <= step][:-keep]:
-            _remove(run.checkpoint(old))
+    _remove_all(run, [s for s in steps(run) if s <= step][:-keep])
 
 
 def little_room(run: RunFolder, num_weights: int, moments: int, keep: int, *, best: bool) -> str | None:
@@ -288,6 +292,12 @@ def _exchange(one: Path, other: Path) -> None:
         raise OSError("no renameat2") from error
     if renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _remove_all(run: RunFolder, old: Iterable[int]) -> None:
+    with storage(run.checkpoints):
+        for step in old:
+            _remove(run.checkpoint(step))
 
 
 def _remove(folder: Path) -> None:

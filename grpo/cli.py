@@ -199,12 +199,12 @@ def _open(target: str) -> RunFolder:
     """The run folder that is named on the command line.
 
     Raises:
-        ConfigError: there is none. For a folder inside of one, a checkpoint for instance, it names that.
+        ConfigError: there is none. For what is inside of one, a checkpoint or a file for instance, it names that.
     """
     from grpo.run import RunFolder
 
     folder = Path(target).expanduser()
-    if folder.is_dir() and not (folder / "config.yaml").is_file() and (run := _run_around(folder)):
+    if folder.exists() and not (folder / "config.yaml").is_file() and (run := _run_around(folder)):
         raise ConfigError("run", f"{target!r} is a part of a run, not the run folder", f"give {str(run)!r}")
     return RunFolder.open(folder)
 
@@ -326,14 +326,12 @@ def _show(options: argparse.Namespace) -> int:
 
 def _replay(options: argparse.Namespace) -> int:
     from grpo.recipe import load_run
-    from grpo.score import check_names_function
     from grpo.show import steps_of
 
     if options.limit < 0:
         raise ConfigError("--limit", f"is {options.limit}", "give how many changed judgements to print; 0: none")
     run = _open(options.run)
     steps = steps_of(run, options.step)
-    check_names_function(options.reward or "", "--reward")
     config = load_run(run.path, options.overrides, options.reward)
     from grpo import build, replay
 

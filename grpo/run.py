@@ -74,6 +74,8 @@ class RunFolder:
         Raises:
             ConfigError: there is no run there.
         """
+        if path.is_file():
+            raise ConfigError("run", f"{str(path)!r} is a file, not a run folder", "give runs/<recipe>/<name>")
         if not path.is_dir():
             raise ConfigError("run", f"the folder {str(path)!r} does not exist (looked in {Path.cwd()})", "check the path")
         if not (path / "config.yaml").is_file():
@@ -196,7 +198,7 @@ class RunFolder:
         """The rows of ``metrics.jsonl`` (null → NaN), without the last one if a crash left it half written.
 
         Raises:
-            ValueError: another line is damaged.
+            ConfigError: another line is damaged.
         """
         if not self.metrics_file.exists():
             return []
@@ -206,7 +208,7 @@ class RunFolder:
         if torn:
             try:
                 rows.append(_parse_row(torn, len(lines), self.metrics_file))
-            except ValueError:
+            except ConfigError:
                 pass  # what a crash leaves: the step is not in a checkpoint either
         return rows
 
@@ -317,12 +319,17 @@ def _format_row(row: Mapping[str, float]) -> str:
 
 
 def _parse_row(line: str, number: int, file: Path) -> dict[str, float]:
+    """
+    Raises:
+        ConfigError: it is not what ``_format_row`` wrote.
+    """
+    where, damaged = f"{str(file)!r}, line {number}", "the file was edited or damaged"
     try:
         row = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
     except (ValueError, AttributeError):
-        raise ValueError(f"{file}, line {number} is not a JSON object: the file was edited or damaged; remove the line") from None
+        raise ConfigError("metrics", f"{where} is not a JSON object: {damaged}", "remove the line") from None
     if "step" not in row or not all(isinstance(value, int | float) for value in row.values()):
-        raise ValueError(f"{file}, line {number} is no row of a step's numbers: the file was edited or damaged; remove the line")
+        raise ConfigError("metrics", f"{where} is no row of a step's numbers: {damaged}", "remove the line")
     return row
 
 
@@ -358,4 +365,3 @@ def _make_unique(parent: Path, name: str) -> Path:
             number += 1
         else:
             return path
-

@@ -103,6 +103,7 @@ class Trainer:
     reward_weights: dict[str, float]
     graders: UnscoredStop
     logger: Logger
+    inputs: Mapping[str, Any]  # of this start, see ``grpo.inputs``; until the first update the run folder has those of the one before
     step: int = 0
     best: Best | None = None  # what ``checkpoints/best`` is
     elapsed: float = 0.0
@@ -252,9 +253,8 @@ class Trainer:
         return metrics
 
     def judge(self) -> dict[str, Any]:
-        """What an evaluation's score rests on beside the model, as far as the run folder says."""
-        inputs = self.run.read_environment().get("inputs", {})
-        known = {"functions": inputs.get("functions"), "heldout": inputs.get("problems", {}).get("heldout")}
+        """What an evaluation's score rests on beside the model, as far as it is known."""
+        known = {"functions": self.inputs.get("functions"), "heldout": self.inputs.get("problems", {}).get("heldout")}
         return {"eval.metric": self.settings.eval_metric} | {name: digests for name, digests in known.items() if digests is not None}
 
     def record(self, drawn: Draw, batch: Batch) -> None:

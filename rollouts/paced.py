@@ -44,17 +44,28 @@ class PacedCollector:
     Args:
         batch: groups of a batch.
         max_staleness: batches that may be begun ahead of the one that is waited for; 1 or more.
+        steps: steps that are still to be made, behind a restored state if there is one: what none of them would use is not begun.
+            None: there is no end.
     """
 
-    def __init__(self, *, groups: Groups, source: Source, batch: int, max_staleness: int, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        groups: Groups,
+        source: Source,
+        batch: int,
+        max_staleness: int,
+        steps: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         if max_staleness < 1:
             raise ValueError(f"max_staleness is {max_staleness}; sampling ahead begins at 1, and 0 is what Collector does")
         if batch > len(source.problems):
             there = len(source.problems)
             raise ConfigError("rollout.problems_per_step", f"is {batch}, but the training split has only {there} problems", "lower it")
         self._groups, self._source, self._progress = groups, source, progress
-        self._ahead = batch * max_staleness
         self._batch, self._max_staleness = batch, max_staleness
+        self._steps_left = steps
         self._begun = _InHand(position=source.position)
         self._num_taken = 0
         self._restored: list[GroupInMaking] = []  # of a checkpoint: they wait for the first ``take``, when the weights are there
@@ -80,7 +91,7 @@ class PacedCollector:
         ``besides`` were taken and not trained on, so they are not begun again anyway.
         """
         first = self._num_taken
-        self._begin(first + count + self._ahead)
+        self._begin(first + count + self._batch * self._batches_ahead)
         self._num_taken = min(first + count, len(self._under_way))
         return [group.problem for group in self._under_way[first : self._num_taken]]
 
@@ -104,6 +115,8 @@ class PacedCollector:
         """All that was taken is trained on: from now on ``state`` does not bring it back."""
         self._begun = replace(self._begun, groups=self._under_way[self._num_taken :])
         self._num_taken = 0
+        if self._steps_left is not None:
+            self._steps_left -= 1
         with self._state:
             now = time.monotonic()
             self._idle_share = self._idle / max(now - self._since, 1e-9)
@@ -129,6 +142,13 @@ class PacedCollector:
             with self._state:
                 self._pause = False
                 self._state.notify_all()
+
+    @property
+    def _batches_ahead(self) -> int:
+        """How many may be begun behind that of the present step: no more than there are steps after it."""
+        if self._steps_left is None:
+            return self._max_staleness
+        return max(0, min(self._max_staleness, self._steps_left - 1))
 
     @property
     def _under_way(self) -> tuple[GroupInMaking, ...]:

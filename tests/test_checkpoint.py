@@ -236,6 +236,36 @@ def test_a_full_disk_costs_nothing_that_was_saved(run: RunFolder, value: float, 
             subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+class Third(Numbers):
+    """A disk that holds two checkpoints and not a third."""
+
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__(4.0)
+        self.run = run
+
+    def save(self, folder: Path) -> None:
+        if len(checkpoint.steps(self.run)) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().save(folder)
+
+
+def test_keeping_fewer_is_a_remedy_for_a_full_disk(run: RunFolder) -> None:
+    with pytest.raises(StorageError, match=r"keep fewer checkpoints \(run\.keep_checkpoints\)"):
+        checkpoint.save(run, 4, Third(run), {}, keep=2)  # type: ignore[arg-type]
+    assert checkpoint.steps(run) == [2, 3]
+    checkpoint.save(run, 4, Third(run), {}, keep=1)  # type: ignore[arg-type]
+    assert checkpoint.steps(run) == [4] and checkpoint.last_sound_step(run) == 4
+
+
+def test_no_room_is_made_with_the_last_sound_checkpoint(run: RunFolder) -> None:
+    """The newest has been damaged since the run was gone on with."""
+    _flip(run.checkpoint(3) / "model.pt")
+    with pytest.raises(StorageError):
+        checkpoint.save(run, 4, Third(run), {}, keep=1)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="checkpoint of step 3: model.pt is not what was written"):
+        assert checkpoint.last_sound_step(run) == 2
+
+
 def test_too_small_a_disk_is_known_before_the_run(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     # 10 million weights: 2 bytes in bf16, 4 in fp32, 2 × 4 of AdamW = 140 MB, which is 133.5 MiB. Two are kept, one is written: 400.5 MiB.
     free = 0
@@ -341,16 +371,21 @@ def crashes(run: RunFolder, action: Callable[[], None], fresh: Path) -> Iterator
     assert number > 8, "there are more operations than that: the patches hold"
 
 
-def test_a_crash_at_any_moment_of_a_save_leaves_a_sound_checkpoint(run: RunFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [(2, [[2, 3], [2, 3, 4], [3, 4]]), (1, [[2, 3], [3], [3, 4], [4]])],
+    ids=["as many as before", "fewer"],
+)
+def test_a_crash_at_any_moment_of_a_save_leaves_a_sound_checkpoint(
+    run: RunFolder, tmp_path: Path, keep: int, left: list[list[int]]
+) -> None:
     seen = set()
-    for _ in crashes(run, lambda: checkpoint.save(run, 4, Numbers(4.0), {"position": 40}, keep=2), tmp_path / "fresh"):  # type: ignore[arg-type]
+    for _ in crashes(run, lambda: checkpoint.save(run, 4, Numbers(4.0), {"position": 40}, keep=keep), tmp_path / "fresh"):  # type: ignore[arg-type]
         step = checkpoint.last_sound_step(run)  # no warning: under the name of a checkpoint there is nothing half
         seen.add(step)
         assert checkpoint.load(run, step)["position"] == 10 * step
         checkpoint.rewind(run, step)
-        assert sorted(f.name for f in run.checkpoints.iterdir()) in (
-            ["step_000002", "step_000003"], ["step_000002", "step_000003", "step_000004"], ["step_000003", "step_000004"],
-        )  # fmt: skip
+        assert sorted(f.name for f in run.checkpoints.iterdir()) in [[f"step_{s:06d}" for s in kept] for kept in left]
     assert seen == {3, 4}, "some crashes come before the rename, some after it"
 
 

@@ -378,6 +378,20 @@ def test_wherever_the_disk_is_full_the_run_can_be_gone_on_with(workshop: Worksho
     assert differences(workshop.whole("hf"), RunFolder.open(run)) == []
 
 
+@pytest.mark.slow
+def test_a_run_that_filled_its_disk_goes_on_with_fewer_checkpoints(workshop: Workshop, small_disk: Path) -> None:
+    whole = workshop.whole("hf")
+    used = sum(file.stat().st_size for file in whole.checkpoint(STEPS).iterdir())
+    best = sum(file.stat().st_size for file in whole.best_checkpoint.iterdir())
+    remount(small_disk, f"size={int(best + 2.5 * used) // 2**20}m")  # steps 2 and 4 fit, and step 6 beside one of them
+    assert workshop.train("two", *ENGINES["hf"], f"run.dir={small_disk}") == 1
+    assert "step_000006': No space left on device" in workshop.said()
+    run = RunFolder.open(small_disk / "digits" / "two")
+    assert checkpoint.steps(run) == [2, 4]
+    assert workshop.runs.run("train", str(run.path), "run.keep_checkpoints=1") == 0, workshop.said()
+    assert checkpoint.steps(run) == [STEPS]
+
+
 # ---------------------------------------------------------------- vLLM, the real command and all its processes
 
 TINY_VLLM = (

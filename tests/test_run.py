@@ -20,6 +20,7 @@ from grpo.conditions import check_conditions, conditions
 from grpo.config import Config, ConfigError, EngineName, RolloutConfig, ScheduleName
 from grpo.environment_record import environment
 from grpo.metrics import best_and_worst, bootstrap_half_width, duration, eval_metrics, headline, pass_at_k, rollout_metrics
+from grpo.rollout_table import groups_of
 from grpo.rollouts.transfer import Disk
 from grpo.run import RunFolder
 from grpo.storage import StorageError, storage
@@ -204,6 +205,9 @@ def test_open_refuses_what_is_no_run(tmp_path: Path, run: RunFolder) -> None:
     assert RunFolder.open(run.path) == run
     with pytest.raises(ConfigError, match=r"not a run folder: it has no config\.yaml"):
         RunFolder.open(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"notes\.txt' is a file, not a run folder\n  → give runs/"):
+        RunFolder.open(tmp_path / "notes.txt")
 
 
 def test_environment_is_complete_and_json(run: RunFolder) -> None:
@@ -293,14 +297,14 @@ def test_metrics_survive_nan_and_a_torn_last_line(run: RunFolder) -> None:
 @pytest.mark.parametrize("line", ['{"st', "2"])
 def test_a_damaged_line_in_the_middle_is_an_error(run: RunFolder, line: str) -> None:
     run.metrics_file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-    with pytest.raises(ValueError, match="line 2 is not a JSON object"):
+    with pytest.raises(ConfigError, match=r"^metrics: '.*metrics\.jsonl', line 2 is not a JSON object: .*\n  → remove the line$"):
         run.read_metrics()
 
 
 @pytest.mark.parametrize("line", ["{}", '{"reward/mean": 0.5}', '{"step": 2, "reward/mean": "0.5"}'])
 def test_a_line_that_is_no_row_is_an_error(run: RunFolder, line: str) -> None:
     run.metrics_file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-    with pytest.raises(ValueError, match=r"line 2 is no row of a step's numbers: .*remove the line"):
+    with pytest.raises(ConfigError, match=r"^metrics: .*line 2 is no row of a step's numbers: .*\n  → remove the line$"):
         run.read_metrics()
 
 
@@ -347,6 +351,19 @@ def test_rollouts_round_trip(run: RunFolder) -> None:
     assert run.rollout_file(7).name == "step_000007.parquet"
     run.write_rollouts(8, groups[1:])  # fewer kinds of values, same schema
     assert run.read_rollouts(8).schema.equals(table.drop_columns(["weights"]).schema)
+
+
+def test_a_stored_problem_has_its_question(run: RunFolder) -> None:
+    """A reward that reads ``problem.question`` is to see in ``grpo replay`` what it saw in training."""
+    chat = Problem(id="chat", prompt="<user>3 + 4?<assistant>", question="3 + 4?", answer="7")
+    plain = Problem(id="plain", prompt="3 + 4 =", answer="7")
+    empty = Problem(id="empty", prompt="<user><assistant>", question="", answer="7")
+    problems = [chat, plain, empty]
+    run.write_rollouts(1, [Group(problem=p, rollouts=(rollout(p, 0, 1.0), rollout(p, 1, 0.0))) for p in problems])
+    table = run.read_rollouts(1)
+    assert [group.problem for group in groups_of(table)] == problems
+    before = groups_of(table.drop_columns(["question"]))  # of a version that did not store it
+    assert [group.problem.question for group in before] == ["<user>3 + 4?<assistant>", "3 + 4 =", "<user><assistant>"]
 
 
 def test_rollouts_of_another_step_are_named(run: RunFolder) -> None:

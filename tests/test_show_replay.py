@@ -135,8 +135,9 @@ def test_replay_names_what_there_is(run: RunFolder, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("command", ["train", "show", "replay"])
 def test_what_is_not_quite_the_run_folder(run: RunFolder, capsys: pytest.CaptureFixture[str], command: str) -> None:
-    error = said(capsys, command, str(run.best_checkpoint), status=1)
-    assert f"is a part of a run, not the run folder\n  → give {str(run.path)!r}" in error
+    for inside in (run.best_checkpoint, run.metrics_file, run.rollout_file(1)):
+        error = said(capsys, command, str(inside), status=1)
+        assert f"{str(inside)!r} is a part of a run, not the run folder\n  → give {str(run.path)!r}" in error
     error = said(capsys, command, str(run.path.parent / "nope"), status=1)
     assert "does not exist" in error and "no built-in recipe" not in error
 

@@ -251,6 +251,18 @@ def test_a_best_model_by_another_judge_is_no_measure(
     assert step_and_score(run) == (3, score), "the same judge: the first of equals"
 
 
+def test_an_evaluation_before_the_first_update_is_by_the_reward_of_now(
+    tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed before the evaluation of step 2, gone on with under another reward: it is made up for, and later ones are no better."""
+    run = run_recipe(evaluated_each_step(tmp_path, tiny_model, ALL_PASS), "run.steps=2", "run.name=first")
+    run.drop_metrics(2)
+    (tmp_path / "my_rewards.py").write_text(ALL_PASS.replace("return 1.0", "return 0.0"))
+    go_on(run, "run.steps=4", "logger.console=true", "run.exact=false")
+    assert " ".join(capsys.readouterr().out.split()).count("it begins anew") == 1
+    assert step_and_score(run) == (2, 0.0)
+
+
 def test_a_best_model_that_was_deleted_is_made_again(tmp_path: Path, tiny_model: str) -> None:
     run = run_recipe(evaluated_each_step(tmp_path, tiny_model, ALL_PASS), "run.steps=2", "run.name=first")
     shutil.rmtree(run.best_checkpoint)
@@ -305,6 +317,21 @@ def test_resume_without_its_checkpoints_says_so(recipe: str) -> None:
 
 
 # ---------------------------------------------------------------- interruption
+
+
+@pytest.mark.parametrize("method", ["write_environment", "write_objective", "write_config"])
+def test_a_start_that_is_cut_off_before_its_record_is_whole_is_no_run(recipe: str, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    def cut(self: RunFolder, content: Any) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(RunFolder, method, cut)
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, "run.name=young")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"not a run folder: it has no config\.yaml"):
+        RunFolder.open(Path(recipe).parent / "runs" / "digits" / "young")
+    run = run_recipe(recipe, "run.name=young", "run.steps=1")
+    assert run.read_environment()["conditions"]["exact"] is True
 
 
 def test_an_interrupted_generation_leaves_the_last_step_and_its_problems(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,18 +577,23 @@ def test_a_run_that_samples_ahead_trains_on_the_same_problems_in_the_same_order(
     assert problem_ids(ahead) == problem_ids(strict)
     rows = [row for row in ahead.read_metrics() if "policy/loss" in row]
     assert all(0 <= row["rollout/staleness_mean"] <= row["rollout/staleness_max"] <= 2 for row in rows)
-    assert all(row["async/groups_ahead"] == 4 and "time/wait" in row for row in rows), "two batches of two"
+    assert [row["async/groups_ahead"] for row in rows] == [4, 4, 4, 2, 0], "two batches of two, and never more than there are steps left"
+    assert all("time/wait" in row for row in rows)
     assert "Sampling runs ahead by up to 2 steps" in ahead.objective_file.read_text()
     for step in range(1, 6):
         table = ahead.read_rollouts(step)
         assert table.num_rows == 8 and all(max(versions) < step for versions in table["policy_versions"].to_pylist())
+    for run in (ahead, strict):
+        go_on(run, "run.steps=6", "rollout.max_staleness=0")  # nothing was begun that would be lost
+    assert problem_ids(ahead) == problem_ids(strict)
 
 
 def test_a_resumed_run_that_samples_ahead_counts_every_group_once(recipe: str) -> None:
-    ahead = ["rollout.max_staleness=2", "run.checkpoint_every=1"]
-    straight = run_recipe(recipe, "run.name=straight", "run.steps=6", *ahead)
-    halves = run_recipe(recipe, "run.name=halves", "run.steps=3", *ahead)
-    go_on(halves, "run.steps=6")
+    ahead = ["rollout.max_staleness=2", "run.checkpoint_every=1", "run.keep_checkpoints=4", "run.steps=6"]
+    straight, halves = (run_recipe(recipe, f"run.name={name}", *ahead) for name in ("straight", "halves"))
+    for later in (4, 5, 6):
+        shutil.rmtree(halves.checkpoint(later))
+    go_on(halves)
     assert problem_ids(halves) == problem_ids(straight) and len(set(problem_ids(halves))) == 12
     versions = [v for row in halves.read_rollouts(4)["policy_versions"].to_pylist() for v in row]
     assert min(versions) < 3, "what had been sampled before the stop was trained on after it"
