@@ -1,8 +1,8 @@
 """What the bits of a run rest on beside its settings and its seed: kept with each checkpoint, compared when it is gone on with.
 
 The same sums in another order are other numbers in their last digits, and sooner or later another token. The order depends on how
-many threads share the work, on how the requests are spread over engines, on the kind of CPU, and on the libraries' versions. And a
-setting may name what is not in it: see ``grpo.inputs``.
+many threads share the work, on the kind of CPU, and on the libraries' versions. And a setting may name what is not in it: see
+``grpo.inputs``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ PACKAGES = ("torch", "vllm", "transformers")  # whose arithmetic it is
 REMEDIES = {
     "engine": "rollout.engine={}",
     "schedule": "rollout.schedule={}",
-    "num_engines": "rollout.num_engines={}",
     "cpus_per_engine": "rollout.cpus_per_engine={}",
     "trainer_threads": "OMP_NUM_THREADS={} in front of the command",
     "ranks": "trainer.ranks={}",
@@ -48,7 +47,7 @@ def conditions(
         "cpu_instructions": cpu_instructions,
     }
     if pooled:
-        held |= {"schedule": rollout.schedule.value, "num_engines": rollout.num_engines, "cpus_per_engine": cpus_per_engine}
+        held |= {"schedule": rollout.schedule.value, "cpus_per_engine": cpus_per_engine}  # not how many engines: see FixedHandout
     return held
 
 

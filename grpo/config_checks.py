@@ -77,7 +77,8 @@ def _check_rollout(c: Config, check: Check) -> None:
         f"rollout.gpus_per_engine={r.gpus_per_engine}",
         "set it to shared_memory",
     )
-    check(r.hang_timeout_s > 0, "rollout.hang_timeout_s", "it must be a positive number of seconds", "300 is usual")
+    check(r.hang_timeout_s >= 2, "rollout.hang_timeout_s", "it must be at least 2 s: engines are looked at twice a second", "300 is usual")
+    check(r.start_timeout_s > 0, "rollout.start_timeout_s", "it must be a positive number of seconds", "1800 is usual")
     check(r.cpus_per_engine >= 0, "rollout.cpus_per_engine", "it counts cores", "0 divides all cores among the engines")
     check(r.gpus_per_engine >= 0, "rollout.gpus_per_engine", "it counts GPUs", "0 is CPU")
     _check_colocation(c, check)

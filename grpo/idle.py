@@ -49,6 +49,7 @@ IDLE = (
             "rollout.schedule",
             "rollout.transfer",
             "rollout.hang_timeout_s",
+            "rollout.start_timeout_s",
         ),
     ),
     Idle(

@@ -82,6 +82,7 @@ def make_engine(
         schedule=rollout.schedule.value,
         transfer=None if exchange is None else make_transfer(rollout.transfer, exchange, stack),
         hang_timeout=rollout.hang_timeout_s,
+        start_timeout=rollout.start_timeout_s,
         factory=VLLMEngine,
         kwargs={
             "model_path": folder,
@@ -347,20 +348,29 @@ def _in_lockstep(config: Config) -> bool:
 
 
 def make_collector(
-    config: Config, groups: Groups, source: ProblemSource, progress: Progress, stack: ExitStack
+    config: Config, groups: Groups, source: ProblemSource, progress: Progress, stack: ExitStack, steps_left: int
 ) -> Collector | PacedCollector:
-    """On-policy, or sampling ahead by ``rollout.max_staleness`` steps; ``stack`` ends what goes on in the background."""
+    """On-policy, or sampling ahead by ``rollout.max_staleness`` steps; ``stack`` ends what goes on in the background.
+
+    Args:
+        steps_left: steps that are to be made from where the run starts or goes on.
+    """
     rollout = config.rollout
     if not rollout.max_staleness:
         return Collector(groups=groups, source=source, progress=progress)
-    if (there := len(source.problems)) < (wanted := rollout.problems_per_step * (1 + rollout.max_staleness)):
+    if (there := len(source.problems)) < (wanted := rollout.problems_per_step * min(1 + rollout.max_staleness, steps_left)):
         warnings.warn(
             f"rollout.max_staleness={rollout.max_staleness} needs {wanted} problems to run ahead with, and the training split has {there}: "
             "a problem that is under way is not begun a second time, so sampling runs ahead by less, or not at all",
             stacklevel=2,
         )
     paced = PacedCollector(
-        groups=groups, source=source, batch=rollout.problems_per_step, max_staleness=rollout.max_staleness, progress=progress
+        groups=groups,
+        source=source,
+        batch=rollout.problems_per_step,
+        max_staleness=rollout.max_staleness,
+        steps=steps_left,
+        progress=progress,
     )
     return stack.enter_context(_closing(paced))
 

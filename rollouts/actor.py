@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import queue
 import signal
-import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from grpo.imports import search_path
 from grpo.rollouts.base import Close, Finished, Job, ServedEngine, SyncReport
 from grpo.rollouts.transfer import Parcel, ParcelStream
 from grpo.rollouts.weights import Spec
@@ -37,9 +37,13 @@ class Born:
     context_length: int
 
 
+class EngineLost(RuntimeError):
+    """The engine can do nothing more; its process is still there. Another in its place could."""
+
+
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What came of an engine since the last look: of which call, how many steps it has made in all, what it finished."""
+    """What came of an engine since the last look: of which call, how many signs of life it has given in all, what it finished."""
 
     call: int
     beats: int
@@ -57,6 +61,8 @@ class EngineActor:
         self._call = 0
         self._cancelled = 0
         self._beats = 0
+        self._idle = True  # it waits for jobs
+        self._num_sampled: int | None = None
         self._ended = 0
         self._finished: Finished = []
         self._queues: defaultdict[int, queue.SimpleQueue[Any]] = defaultdict(queue.SimpleQueue)  # call → what was brought for it
@@ -78,39 +84,32 @@ class EngineActor:
         if exact:
             inbox.put(Close.finish)
             self._engine.forget()
-        self._begin(call)
-        try:
-            with closing(self._engine.serve(lambda idle: _next_jobs(inbox, idle), sampling)) as steps:
-                for finished in steps:
-                    if not self._step(call, finished):
-                        break
-        finally:
-            self._end(call)
+
+        def feed(idle: bool) -> Sequence[Job] | Close:
+            coming = _next_jobs(inbox, idle)
+            self._idle = idle and not coming
+            return coming
+
+        with self._at_work(call), closing(self._engine.serve(feed, sampling)) as steps:
+            for finished in steps:
+                if not self._step(call, finished):
+                    break
         return self._drain()
 
     def load(self, call: int, version: int, specs: Mapping[str, Spec]) -> SyncReport:
         assert self._engine is not None
-        self._begin(call)
-        try:
+        with self._at_work(call):
             return self._engine.load_weights(ParcelStream(specs, self._arriving(call)), version)
-        finally:
-            self._end(call)
 
     def probe(self, call: int, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         assert self._engine is not None
-        self._begin(call)
-        try:
+        with self._at_work(call):
             return self._engine.generate(requests, sampling, lambda done, total: self._beat())
-        finally:
-            self._end(call)
 
     def sleep(self, call: int) -> None:
         assert self._engine is not None
-        self._begin(call)
-        try:
+        with self._at_work(call):
             self._engine.sleep()
-        finally:
-            self._end(call)
 
     def close(self) -> None:
         if self._engine is not None:
@@ -139,9 +138,22 @@ class EngineActor:
         with self._changed:
             return self._queues[call]
 
-    def _begin(self, call: int) -> None:
+    @contextmanager
+    def _at_work(self, call: int) -> Iterator[None]:
+        """Raises:
+        EngineLost: what the engine raised means that it is no more.
+        """
+        assert self._engine is not None
         with self._changed:
             self._call, self._finished = call, []
+        try:
+            yield
+        except Exception as error:
+            if self._engine.broken_by(error):
+                raise EngineLost(f"{type(error).__name__}: {error}") from error
+            raise
+        finally:
+            self._end(call)
 
     def _end(self, call: int) -> None:
         with self._changed:
@@ -155,9 +167,11 @@ class EngineActor:
             self._beats += 1
 
     def _step(self, call: int, finished: Finished) -> bool:
-        """Note a step; False if the call was cancelled."""
+        """Note a step, which is a sign of life if it sampled something or had nothing to sample; False if the call was cancelled."""
+        assert self._engine is not None
+        before, self._num_sampled = self._num_sampled, self._engine.num_sampled
         with self._changed:
-            self._beats += 1
+            self._beats += self._idle or self._num_sampled is None or self._num_sampled != before
             self._finished += finished
             if finished:
                 self._changed.notify_all()
@@ -199,5 +213,5 @@ def engine_environment(cpus: int) -> dict[str, str]:
         "GOMP_SPINCOUNT": "20000",
         "KMP_BLOCKTIME": "0",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PYTHONPATH": search_path(),
     }

@@ -127,7 +127,7 @@ class SyncReport:
 
 
 class Engine(Protocol):
-    """One contract for vLLM, transformers, the scripted engine and pools of them; ``tests/test_engines.py`` runs it over all."""
+    """One contract for vLLM, transformers, the scripted engine and pools of them; ``tests/test_engines*.py`` run it over all."""
 
     @property
     def context_length(self) -> int:
@@ -226,6 +226,15 @@ class ServedEngine(Serving):
     def context_length(self) -> int:
         """See ``Engine``; as good as none where no model has a limit."""
         return 1 << 31
+
+    @property
+    def num_sampled(self) -> int | None:
+        """Tokens sampled since it was made: one that works and does not count on hangs. None: every step of it counts as a token."""
+        return None
+
+    def broken_by(self, error: Exception) -> bool:
+        """Whether it can do nothing more after this error of its own, and another in its place could: it ran out of memory."""
+        return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
 
     @abstractmethod
     def load_weights(self, weights: Weights, version: int) -> SyncReport:

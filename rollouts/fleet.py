@@ -1,15 +1,14 @@
 """The engines of a pool as processes: started, watched, replaced when they die or hang, and given the weights that the others have.
 
-An engine whose process dies, or that makes no step for a settable time, is replaced. The new one gets the weights of the last sync,
-proven as they were the first time, and what the old one held is sampled again: a completion's randomness depends on its request's
-seed and its index alone, so it does not matter which engine samples it, nor how often it was begun. An engine that dies again and
-again is given up, and the run goes on with the others; it ends, with a message, when none is left.
+An engine whose process dies, that runs out of memory, or that samples no token for a settable time, is replaced. The new one gets
+the weights of the last sync, proven as they were the first time, and what the old one held is sampled again: a completion's
+randomness depends on its request's seed and its index alone, so it does not matter which engine samples it, nor how often it was
+begun. An engine that dies again and again is given up, and the run goes on with the others; it ends, with a message, when none is left.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import time
@@ -17,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from grpo.rollouts.actor import Born, Look
+from grpo.rollouts.actor import Born, EngineLost, Look
 from grpo.rollouts.base import Asleep, Finished, ServedEngine, SyncReport
 from grpo.rollouts.faults import Restarts
 from grpo.rollouts.proof import check_sent
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 _POLL = 0.05  # seconds between two looks at the engines and at the feed: what new jobs, a pause and Ctrl-C wait for
 _CLOSING = 5.0  # seconds an engine has to stop its own processes before it is killed
-_REMEDY = "often the system was out of memory: lower rollout.num_engines, or kv_cache_memory_bytes in rollout.engine_args"
+_MEMORY = "often the system was out of memory: lower rollout.num_engines, or kv_cache_memory_bytes in rollout.engine_args"
 _LOG = logging.getLogger(__name__)
 
 
@@ -65,6 +64,7 @@ class Fleet:
         self._max_restarts, self._restart_window = max_restarts, restart_window
         self._calls = 0
         self.asleep = False  # all of them were put to sleep, and no weights have come since: one that started meanwhile has old ones
+        self.unproven = False  # the last weights did not get through, and there were none before them
         self._started = False
         try:
             for slot in self.slots:
@@ -102,11 +102,17 @@ class Fleet:
         if not self.slots:
             raise RuntimeError("this engine pool is closed; make a new one")
         if all(slot.state is State.gone for slot in self.slots):
-            raise RuntimeError(f"no engine of this pool is left: each died too often\n  → {_REMEDY}")
+            raise RuntimeError(f"no engine of this pool is left: each died too often\n  → {_MEMORY}")
 
-    def check_awake(self) -> None:
+    def check_able(self) -> None:
+        """Raises:
+        Asleep: they hold no weights.
+        RuntimeError: they hold weights that nobody should sample with.
+        """
         if self.asleep:
             raise Asleep
+        if self.unproven:
+            raise RuntimeError("this engine pool holds weights that were not proven: load_weights failed\n  → load weights again")
 
     def awake(self) -> list[Slot]:
         """Those that have memory, or will have when they have started."""
@@ -170,7 +176,7 @@ class Fleet:
         return self._calls
 
     def _launch(self, slot: Slot) -> None:
-        slot.launch(self._new_actor(slot.number), self._start_timeout if self._started else math.inf, self._factory, self._kwargs)
+        slot.launch(self._new_actor(slot.number), self._start_timeout, self._factory, self._kwargs)
 
     def _reload(self, slot: Slot, sent: Sent) -> None:
         """Give an engine the weights that the others have."""
@@ -187,7 +193,7 @@ class Fleet:
         try:
             value = ray.get(ref)
         except ray.exceptions.RayTaskError as error:
-            if slot.state is State.starting and self._started:
+            if isinstance(error.cause, EngineLost) or (slot.state is State.starting and self._started):
                 self._lost(slot, str(error.cause or error).strip())
                 return []
             slot.abandon()
@@ -217,7 +223,7 @@ class Fleet:
         slot.answered(ref)
         return finished
 
-    def _lost(self, slot: Slot, why: str) -> None:
+    def _lost(self, slot: Slot, why: str, remedy: str = _MEMORY) -> None:
         """An engine's process is gone, with what it held: put that back, and start another in its place.
 
         Raises:
@@ -231,7 +237,7 @@ class Fleet:
         ray.kill(slot.actor, no_restart=True)
         slot.reset()
         if not self._started:
-            raise RuntimeError(f"{who} died: {why}\n  → {_REMEDY}")
+            raise RuntimeError(f"{who} did not start: {why}\n  → {remedy}")
         self.counts["replaced"] += 1
         again = self.handout.lose(slot.number) if self.handout is not None else []
         self.counts["completions_redone"] += len(again)
@@ -246,7 +252,7 @@ class Fleet:
         if all(other.state is State.gone for other in self.slots):
             held = ", ".join(sorted({job.request.problem_id for job in again})[:3]) or "nothing"
             raise RuntimeError(
-                f"no engine is left: {who}, the last one, {crashes}\n  the last time: {why}\n  it was sampling: {held}\n  → {_REMEDY}"
+                f"no engine is left: {who}, the last one, {crashes}\n  the last time: {why}\n  it was sampling: {held}\n  → {remedy}"
             )
         _LOG.warning("%s %s and is given up; the run goes on without it: %s", who, crashes, briefly)
 
@@ -254,13 +260,15 @@ class Fleet:
         import ray
 
         self.counts["hung"] += 1
-        why = f"it hung: no step for {self._hang_timeout:g} s (rollout.hang_timeout_s) while {slot.state.name}"
+        why = f"it hung: no token for {self._hang_timeout:g} s (rollout.hang_timeout_s) while {slot.state.name}"
+        remedy = "if it was at work all the time, raise rollout.hang_timeout_s"
         if slot.state is State.starting:
-            why = f"it has not started after {self._start_timeout:g} s (start_timeout of EnginePool)"
+            remedy = "if a start takes so long here, raise rollout.start_timeout_s"
+            why = f"its start has taken more than {self._start_timeout:g} s (rollout.start_timeout_s)"
         if slot.born is not None and slot.born.node == ray.get_runtime_context().get_node_id():
             with suppress(ProcessLookupError):  # it may have died by itself just now
                 os.kill(slot.born.pid, signal.SIGKILL)  # a stopped process does not hear ray
-        self._lost(slot, why)
+        self._lost(slot, why, remedy)
 
 
 def raise_own(error: Any) -> NoReturn:

@@ -29,7 +29,7 @@ from grpo.rollouts.base import (
 )
 from grpo.rollouts.proof import Arrivals, digest_of_values
 from grpo.rollouts.sampling import Drawn, completion_key, sample, uniforms
-from grpo.rollouts.weights import WeightStream, check_weights
+from grpo.rollouts.weights import WeightStream, check_kinds, check_weights
 from grpo.types import Completion, FinishReason, Sampling
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class HFEngine(ServedEngine):
     Args:
         model: a Hugging Face folder or hub id, or a loaded model (used as it is: ``dtype`` and the rest are then ignored).
         tokenizer: None: the one in the folder.
-        dtype: ``bfloat16``, ``float32`` or ``auto`` (the checkpoint's).
+        dtype: ``float32``, ``bfloat16`` or ``auto`` (the checkpoint's). In float32 a completion's tokens are the same in any company; the
+            rounding of bfloat16 now and then makes another of one.
         batch_size: completions sampled at the same time; the key-value cache grows with it.
     """
 
@@ -54,7 +55,7 @@ class HFEngine(ServedEngine):
         model: str | PreTrainedModel,
         *,
         tokenizer: Any = None,
-        dtype: str = "bfloat16",
+        dtype: str = "float32",
         device: str = "cpu",
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -115,6 +116,7 @@ class HFEngine(ServedEngine):
         parameters = dict(model.named_parameters())
         tied_head = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
         check_weights(stream.specs, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, optional=tied_head)
+        check_kinds(stream.specs, {name: parameter.dtype for name, parameter in parameters.items()})
         model.to(self._device)
         arrivals = Arrivals(dtypes={name: parameter.dtype for name, parameter in parameters.items()})
         model.load_state_dict(dict(arrivals.passing(stream)), strict=False)  # the names are checked; not strict, as tied ones come once

@@ -77,8 +77,8 @@ class EnginePool(Serving):
         kwargs: its arguments.
         schedule: who samples what, ``free`` or ``fixed``; see ``grpo.rollouts.schedule``.
         transfer: how weights travel; None: shared memory.
-        hang_timeout: seconds without a step after which a working engine is killed and replaced.
-        start_timeout: seconds after which a replacement that has not started counts as dead.
+        hang_timeout: seconds without a token (or, in a load, a parcel) after which a working engine is killed and replaced.
+        start_timeout: seconds after which an engine that has not started counts as dead.
         max_restarts: replacements of one engine within ``restart_window`` seconds, none of which finished a completion, before it is
             given up.
     """
@@ -106,6 +106,7 @@ class EnginePool(Serving):
         if places is not None and (len(places) != num_engines or gpus_per_engine):
             raise ValueError(f"{len(places)} places are not those of {num_engines} engines that claim {gpus_per_engine} GPUs each")
         _check_resources(ray.cluster_resources(), num_engines, cpus_per_engine, gpus_per_engine)
+        _check_machines([node["Resources"] for node in ray.nodes() if node["Alive"]], num_engines, cpus_per_engine, gpus_per_engine)
         _wait_for_resources(ray.available_resources, num_engines, cpus_per_engine, gpus_per_engine)
         environment = engine_environment(cpus_per_engine)
         actor_class = ray.remote(
@@ -134,7 +135,9 @@ class EnginePool(Serving):
             max_restarts=max_restarts,
             restart_window=restart_window,
         )
-        self.context_length = min(slot.born.context_length for slot in self._fleet.slots if slot.born is not None)
+        born = [slot.born for slot in self._fleet.slots if slot.born is not None]
+        self.context_length = min(each.context_length for each in born)
+        self.slots = min(each.slots for each in born)
 
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
         """See ``Engine``. Ctrl-C, or closing the iterator, stops all engines within a second; they stay usable.
@@ -145,11 +148,11 @@ class EnginePool(Serving):
         """
         fleet = self._fleet
         with self._user.doing("serve"):
-            fleet.check_awake()
+            fleet.check_able()
             while not fleet.settled():
                 fleet.turn()
                 yield []
-            handout = fleet.handout = make_handout(self._schedule, self._num_engines)
+            handout = fleet.handout = make_handout(self._schedule, self._num_engines, self.slots)
             more = True
             try:
                 while more or handout.open:
@@ -217,13 +220,13 @@ class EnginePool(Serving):
                 while not fleet.ready() or fleet.working(State.loading):
                     fleet.turn()
             except BaseException:  # an engine that has taken them is given the last ones again before it goes on
-                fleet.sent = before
+                fleet.sent, fleet.unproven = before, before is None
                 for slot in loading:
                     slot.abandon()
                     slot.holds = None if before is None else slot.holds
                 self._transfer.discard(sent.parcels)
                 raise
-            fleet.asleep = False
+            fleet.asleep = fleet.unproven = False
             if before is not None:
                 self._transfer.discard(before.parcels)
             reports = [slot.report for slot in fleet.ready() if slot.report is not None]
@@ -262,7 +265,7 @@ class EnginePool(Serving):
         fleet = self._fleet
         answers: list[list[Completion]] = []
         with self._user.doing("probe"):
-            fleet.check_awake()
+            fleet.check_able()
             while not answers:
                 fleet.settle()
                 asked = fleet.ready()
@@ -321,6 +324,16 @@ def _check_resources(resources: Mapping[str, float], num_engines: int, cpus: int
                 f"{num_engines} engines with {each} {name}s each need {num_engines * each}, and the ray cluster {what} {there:g}\n"
                 f"  → lower rollout.num_engines or rollout.{key}"
             )
+
+
+def _check_machines(machines: Sequence[Mapping[str, float]], num_engines: int, cpus: int, gpus: int) -> None:
+    """What the cluster has in all may lie on several machines, and an engine is on one."""
+    room = sum(min(int(there.get(name, 0) // each) for name, each in (("CPU", cpus), ("GPU", gpus)) if each) for there in machines)
+    if room < num_engines:
+        raise ValueError(
+            f"{num_engines} engines with {cpus} CPUs and {gpus} GPUs each do not fit on the {len(machines)} machines of the ray cluster, "
+            f"which have room for {room}\n  → lower rollout.num_engines, rollout.cpus_per_engine or rollout.gpus_per_engine"
+        )
 
 
 def _wait_for_resources(available: Callable[[], Mapping[str, float]], num_engines: int, cpus: int, gpus: int) -> None:

@@ -142,7 +142,8 @@ class Arrivals(Passing):
         if stale:
             raise WeightProofError(
                 f"{len(stale)} of {len(common)} tensors arrived and are not what the engine computes with: {shown(stale)}\n"
-                "  → the engine did not apply them; this is a fault in it or in how it was called, not in the run's settings"
+                "  → the engine did not apply them, a fault in it or in how it was called; or they hold NaN or infinity, which cannot be\n"
+                "    read back out of packed layers: look at policy/grad_norm of the last steps"
             )
         return len(common)
 

@@ -1,13 +1,15 @@
 """Who samples what: the two ways a pool hands out jobs. Plain Python, no processes.
 
 ``free``: whoever is free gets the next jobs in order, no more than it can sample at once, so that a long answer holds up nobody
-but itself, and a group may come from several engines. ``fixed``: jobs that came together are cut into as many shards as the pool has
-engines, and a shard is sampled as a whole, by one engine that does nothing else meanwhile. Engines compute a little differently
-in other company (the order of floating-point sums), so this is the schedule that repeats to the last bit.
+but itself, and a group may come from several engines. ``fixed``: jobs that came together are cut into shards of about as many as an
+engine samples at once, and a shard is sampled as a whole, by one engine that does nothing else meanwhile. Engines compute a little
+differently in other company (the order of floating-point sums), and company is all that decides: not how many engines there are, nor
+which of them samples it. So this is the schedule that repeats to the last bit.
 """
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
@@ -91,17 +93,30 @@ class FreeHandout(Handout):
 
 
 class FixedHandout(Handout):
-    """See the module's text. The shards depend on the jobs that came together and the number of engines alone."""
+    """See the module's text. The shards depend on the jobs that came together and on ``slots`` alone.
+
+    Args:
+        slots: completions that every engine samples at once.
+    """
 
     exact = True
 
-    def __init__(self, num_engines: int) -> None:
+    def __init__(self, num_engines: int, slots: int) -> None:
         super().__init__(num_engines)
+        self._slots = slots
         self._waiting: deque[list[Job]] = deque()
         self._given: dict[int, list[Job]] = {}  # engine → the shard it was given last
 
     def _wait(self, jobs: Sequence[Job]) -> None:
-        self._waiting.extend(shards(jobs, self._num_engines))
+        cut = shards(jobs, -(-len(jobs) // self._slots))
+        if 0 < len(cut) < self._num_engines:
+            warnings.warn(
+                f"under rollout.schedule=fixed, an engine samples up to {self._slots} completions by itself: some of the "
+                f"{self._num_engines} engines have nothing to do\n"
+                "  → lower max_num_seqs in rollout.engine_args to the completions of a step divided by rollout.num_engines",
+                stacklevel=2,
+            )
+        self._waiting.extend(cut)
 
     def _choose(self, engine: int, held: int, slots: int, able: int) -> list[Job]:
         if held or not self._waiting:
@@ -116,8 +131,8 @@ class FixedHandout(Handout):
         return shard
 
 
-def make_handout(schedule: Schedule, num_engines: int) -> Handout:
-    return (FixedHandout if schedule is Schedule.fixed else FreeHandout)(num_engines)
+def make_handout(schedule: Schedule, num_engines: int, slots: int) -> Handout:
+    return FixedHandout(num_engines, slots) if schedule is Schedule.fixed else FreeHandout(num_engines)
 
 
 def shards(jobs: Sequence[Job], num_shards: int) -> list[list[Job]]:

@@ -20,10 +20,10 @@ from grpo.rollouts.proof import WeightProofError
 from grpo.rollouts.sampling import completion_key
 from grpo.rollouts.vllm_update import ENGINE_ARGS, WeightUpdates
 from grpo.rollouts.weights import WeightStream, check_weights, checkpoint_shapes
-from grpo.types import Completion, FinishReason, Request, Sampling
+from grpo.types import Completion, FinishReason, Sampling
 
 if TYPE_CHECKING:
-    from vllm import CompletionOutput, RequestOutput, SamplingParams
+    from vllm import CompletionOutput, SamplingParams
     from vllm.v1.engine.output_processor import RequestState
 
 _GIB = 1 << 30
@@ -105,6 +105,7 @@ class VLLMEngine(ServedEngine):
             **(engine_args or {}),
         }
         self._llm: LLM | None = LLM(**arguments)
+        self._num_sampled = 0
         self._version, self._asleep = 0, False  # asleep: from ``sleep`` until weights are loaded
         self._given_back: frozenset[str] = frozenset()  # of memory; a load that fails may have taken part of it
         self._expected = checkpoint_shapes(model_path, revision) or None
@@ -116,6 +117,15 @@ class VLLMEngine(ServedEngine):
     def slots(self) -> int:
         slots: int = self._running.llm_engine.vllm_config.scheduler_config.max_num_seqs
         return slots
+
+    @property
+    def num_sampled(self) -> int:
+        return self._num_sampled
+
+    def broken_by(self, error: Exception) -> bool:
+        """Also when a worker in a process of its own has died."""
+        executor = self._running.llm_engine.engine_core.engine_core.model_executor
+        return super().broken_by(error) or getattr(executor, "is_failed", False)
 
     @property
     def context_length(self) -> int:
@@ -145,7 +155,9 @@ class VLLMEngine(ServedEngine):
                     check_lengths(coming, sampling, self.context_length)
                     for job in coming:
                         running[str(job.number)] = self._add(job, sampling)
+                before = sum(draft.num_sampled for draft in running.values())
                 outputs = engine.step() if running else []
+                self._num_sampled += sum(draft.num_sampled for draft in running.values()) - before
                 ended = [(running.pop(output.request_id), output.outputs[0]) for output in outputs]
                 yield [(draft.job.number, draft.completion(output, self._version)) for draft, output in ended]
         finally:  # Ctrl-C, or the caller has had enough: leave an engine that can go on
@@ -208,24 +220,19 @@ class VLLMEngine(ServedEngine):
             raise RuntimeError("vLLM did not drop its prefix cache: a request is still running, and would mix old weights with new ones")
 
     def _check_cache(self) -> None:
-        """A fixed prompt, sampled after every load, must be computed as a whole: the load before left its blocks in the cache.
+        """Not a block of the prefix cache may be left: it was computed with the weights of before.
+
+        The scheduler's own table is counted. A fixed prompt that is sampled again after every load would find its own block alone, and
+        not even that where a step has filled the cache since.
 
         Raises:
-            WeightProofError: some of it was still there, computed with the old weights.
+            WeightProofError: some are.
         """
-        engine = self._running.llm_engine
-        cache = engine.vllm_config.cache_config
-        if not cache.enable_prefix_caching:
-            return
-        length = min(cache.block_size + 1, self._running.model_config.max_model_len - 1)
-        job = Job(0, Request(problem_id="cache check", prompt_ids=(1,) * length, num_completions=1, seed=0), 0)
-        self._add(job, Sampling(max_new_tokens=1))
-        outputs: list[RequestOutput] = []
-        while not outputs:
-            outputs = engine.step()
-        if outputs[0].num_cached_tokens:
+        scheduler = self._running.llm_engine.engine_core.engine_core.scheduler
+        left = len(scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
+        if left:
             raise WeightProofError(
-                f"vLLM's prefix cache still holds {outputs[0].num_cached_tokens} tokens computed with the weights of before\n"
+                f"vLLM's prefix cache still holds {left} blocks computed with the weights of before\n"
                 "  → it was told to drop them and did not; set enable_prefix_caching: false in rollout.engine_args"
             )
 
@@ -296,6 +303,10 @@ class _Draft:
     job: Job
     state: RequestState
     kept: list[bytes] | None  # of the new tokens, if sampling truncates: ``counter_sampler`` fills it; None: nobody knows
+
+    @property
+    def num_sampled(self) -> int:
+        return 0 if self.state.detokenizer is None else self.state.detokenizer.num_output_tokens()
 
     def go_on(self, tokenizer: Any, params: SamplingParams) -> None:
         """Let the text begin after the request's own prompt, not after the tokens that are begun.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor
 
     from grpo.rollouts.base import Weights
@@ -155,6 +156,26 @@ def check_weights(weights: Mapping[str, _Shaped], expected: Shapes, optional: Co
             f"these are not the weights of the engine's model ({len(weights)} tensors given, {len(expected)} expected)\n  "
             + "\n  ".join(problems)
             + "\n  → pass all parameters under their Hugging Face names, tied ones once; nothing was loaded"
+        )
+
+
+def check_kinds(specs: Mapping[str, Spec], held: Mapping[str, torch.dtype]) -> None:
+    """Refuse what a model that holds real numbers would have to make real numbers of. From one precision to another is no matter.
+
+    Args:
+        held: the types of the model's own tensors.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    import torch
+
+    wrong = [name for name, dtype in held.items() if dtype.is_floating_point and name in specs]
+    wrong = [name for name in wrong if not getattr(torch, specs[name].dtype).is_floating_point]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} tensors are {', '.join(sorted({specs[name].dtype for name in wrong}))}, and the model computes with "
+            f"floating-point numbers: {shown(wrong)}\n  → send what the trainer computes with; nothing was loaded"
         )
 
 

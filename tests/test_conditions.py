@@ -30,7 +30,7 @@ from grpo.types import Problem
 
 def made_with(functions: Mapping[str, str] | None = None, exact: bool = True, **changes: Any) -> dict[str, Any]:
     conditions = {
-        "exact": exact, "engine": "vllm", "schedule": "fixed", "num_engines": 1, "cpus_per_engine": 2, "trainer_threads": 2,
+        "exact": exact, "engine": "vllm", "schedule": "fixed", "cpus_per_engine": 2, "trainer_threads": 2,
         "ranks": 1, "device": "cpu", "precision": "float32", "cpu_instructions": "AVX512",
     }  # fmt: skip
     return {"conditions": conditions | changes, "packages": {}, "cpu": "", "inputs": {"functions": functions or {}}}

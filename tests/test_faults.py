@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from grpo.rollouts.base import Close, Feed, Finished, Job, ServedEngine, SyncReport, Weights, jobs_of
 from grpo.rollouts.faults import Pulse, Restarts
@@ -25,14 +23,15 @@ from grpo.rollouts.hf import HFEngine
 from grpo.rollouts.pool import EnginePool, start_ray, stop_ray
 from grpo.rollouts.proof import Arrivals, WeightProofError
 from grpo.rollouts.sampling import completion_key
-from grpo.rollouts.schedule import FixedHandout, FreeHandout, Schedule, make_handout
+from grpo.rollouts.schedule import Schedule
 from grpo.rollouts.scripted import ScriptedEngine
 from grpo.rollouts.vllm import VLLMEngine
 from grpo.rollouts.weights import WeightStream
 from grpo.types import Completion, FinishReason, Request, Sampling
 
 SAMPLING = Sampling(max_new_tokens=8)
-POISON, SLEEP, SLOW = 666, 900, 300  # first token of a prompt: kills the engine; hangs; takes a second
+# First token of a prompt: kills the engine; hangs; makes steps for ever, and no token; finds no memory; takes a second
+POISON, SLEEP, SPIN, HUGE, SLOW = 666, 900, 901, 902, 300
 
 
 class DiligentEngine(ServedEngine):
@@ -43,9 +42,14 @@ class DiligentEngine(ServedEngine):
     def __init__(self, flag: str = "", deceive: str = "", no_start: str = "") -> None:
         if no_start and os.path.exists(no_start):
             time.sleep(1000)
-        self._flag = flag  # a file: SLEEP hangs the engine that finds it, and removes it first
+        self._flag = flag  # a file: SLEEP, SPIN and HUGE concern the engine that finds it, and removes it first
+        self._spins, self._num_sampled = False, 0
         self._deceive = deceive
         self._version, self._total = 0, 0.0
+
+    @property
+    def num_sampled(self) -> int:
+        return self._num_sampled
 
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
         running: list[tuple[Job, int]] = []  # with the steps it still needs
@@ -61,6 +65,10 @@ class DiligentEngine(ServedEngine):
             for job, _ in running[: self.slots]:
                 self._obey(job.request.prompt_ids[0])
             time.sleep(0.01)
+            while self._spins:
+                time.sleep(0.01)
+                yield []
+            self._num_sampled += len(running[: self.slots])
             now = [(job, steps - 1) for job, steps in running[: self.slots]]
             running = [entry for entry in now if entry[1]] + running[self.slots :]
             yield [(job.number, self._answer(job)) for job, steps in now if not steps]
@@ -68,9 +76,11 @@ class DiligentEngine(ServedEngine):
     def _obey(self, order: int) -> None:
         if order == POISON:
             os.kill(os.getpid(), signal.SIGKILL)
-        if order == SLEEP and os.path.exists(self._flag):
-            os.unlink(self._flag)
-            time.sleep(1000)
+        if order in (SLEEP, SPIN, HUGE) and self._flag_taken():
+            if order == HUGE:
+                raise MemoryError("no room for 3 GiB")
+            self._spins = order == SPIN
+            time.sleep(1000 if order == SLEEP else 0)
 
     def _answer(self, job: Job) -> Completion:
         key = completion_key(job.request.seed, job.index)
@@ -124,85 +134,6 @@ def asked(wanted: Sequence[Request]) -> list[tuple[str, int]]:
 
 
 # --- plain parts ---
-
-sizes = st.lists(st.integers(1, 9), max_size=12)
-
-
-def jobs_for(sizes: Sequence[int]) -> list[Job]:
-    return jobs_of([Request(problem_id=str(i), prompt_ids=(1,), num_completions=size, seed=i) for i, size in enumerate(sizes)])
-
-
-@given(deals=st.lists(sizes, max_size=3), num_engines=st.integers(1, 5), schedule=st.sampled_from(Schedule), data=st.data())
-def test_every_job_is_finished_whoever_dies(deals: list[list[int]], num_engines: int, schedule: Schedule, data: st.DataObject) -> None:
-    """Jobs come, engines take, finish and die in any order: everything is handed out until it is finished, nothing to two at a time."""
-    jobs = jobs_for([size for deal in deals for size in deal])
-    coming = [jobs[sum(map(sum, deals[:place])) :][: sum(deal)] for place, deal in enumerate(deals)]
-    handout, held, done = make_handout(schedule, num_engines), [set[Job]() for _ in range(num_engines)], list[Job]()
-    deaths = 0
-    while coming or handout.open:
-        if coming and (not handout.open or data.draw(st.booleans())):
-            handout.add(coming.pop(0))
-        engine = data.draw(st.integers(0, num_engines - 1))
-        if held[engine] and deaths < 6 and data.draw(st.booleans()):
-            deaths += 1
-            again = handout.lose(engine)
-            assert held[engine] <= set(again)
-            if schedule is Schedule.free:
-                assert held[engine] == set(again)
-            assert not any(handout.finish(engine, job.number) for job in held[engine]), "what a dead engine still says counts for nothing"
-            held[engine] = set()
-        elif held[engine] and data.draw(st.booleans()):
-            job = held[engine].pop()
-            if handout.finish(engine, job.number):
-                done.append(job)
-            assert not handout.finish(engine, job.number)
-        elif not (handout.exact and held[engine]):
-            taken = handout.take(engine, slots=3, able=num_engines)
-            assert not set(taken) & set().union(*held)
-            held[engine] |= set(taken)
-            assert any(held) or not handout.open, "work is left, nobody holds any, and who asks is given none"
-        assert set(handout.open.values()) == set(jobs) - set(done) - {job for deal in coming for job in deal}
-    assert sorted(job.number for job in done) == [job.number for job in jobs]
-
-
-@given(deals=st.lists(sizes, max_size=3), num_engines=st.integers(1, 5))
-def test_fixed_shards_depend_on_what_came_together_and_the_engines_alone(deals: list[list[int]], num_engines: int) -> None:
-    handout = FixedHandout(num_engines)
-    for deal in deals:
-        jobs = jobs_for(deal)
-        handout.add(jobs)
-        shards = [shard for engine in range(num_engines) if (shard := handout.take(engine, slots=1, able=num_engines))]
-        assert [job for shard in shards for job in shard] == jobs
-        assert all(shard[0].index == 0 for shard in shards), "no group is cut"
-        if shards:
-            last = len(shards) - 1
-            for job in shards[last][:-1]:
-                assert handout.finish(last, job.number)
-            assert handout.take(last, slots=1, able=1) == []
-            assert handout.lose(last) == shards[last], "a shard is done again as a whole"
-            assert handout.take(last, slots=1, able=1) == shards[last]
-        for engine, shard in enumerate(shards):
-            for job in shard:
-                handout.finish(engine, job.number)
-        assert not handout.open
-
-
-def test_free_engines_get_an_equal_share_and_then_what_they_have_room_for() -> None:
-    handout = FreeHandout(num_engines=3)
-    handout.add(jobs_for([4] * 6))  # 24 jobs: a share is 8
-    first, second = handout.take(0, slots=100, able=3), handout.take(1, slots=5, able=3)
-    assert [job.number for job in first] == list(range(8))
-    assert [job.number for job in second] == [8, 9, 10, 11, 12]
-    assert handout.take(1, slots=5, able=3) == []
-    handout.finish(1, 8)
-    assert [job.number for job in handout.take(1, slots=5, able=3)] == [13]
-    assert handout.take(0, slots=100, able=3) == [], "23 are out: the share is still 8"
-    assert [job.number for job in handout.take(0, slots=100, able=2)] == [14, 15, 16, 17], "of two it is 12"
-    handout.add([Job(100 + job.number, job.request, job.index) for job in jobs_for([6])])  # 6 wait, and 23 + 6 = 29: a share is 10
-    assert [job.number for job in handout.take(2, slots=100, able=3)] == [18, 19, 20, 21, 22, 23, 100, 101, 102, 103]
-    alone = FreeHandout(num_engines=1)
-    alone.add(jobs_for([4] * 6))
-    assert len(alone.take(0, slots=5, able=1)) == 24, "one engine alone waits for nobody"
 
 
 def test_a_pulse_stops_by_its_own_silence_alone() -> None:
@@ -292,10 +223,10 @@ def test_the_replacement_is_given_the_weights_of_now_and_proves_them(make_pool: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["sleeps", "stopped"])
+@pytest.mark.parametrize("how", ["sleeps", "spins", "stopped"])
 def test_an_engine_that_hangs_is_killed_and_replaced(make_pool: Callable[..., EnginePool], how: str, tmp_path: Path) -> None:
     flag = tmp_path / "flag"
-    if how == "sleeps":
+    if how != "stopped":
         flag.touch()
     pool = make_pool(kwargs={"flag": str(flag)}, hang_timeout=3.0)
     before = pool.processes()
@@ -306,12 +237,33 @@ def test_an_engine_that_hangs_is_killed_and_replaced(make_pool: Callable[..., En
             stopped[0] = True
             os.kill(before[0], signal.SIGSTOP)
 
-    wanted = requests(SLEEP, *[SLOW] * 3, *range(1, 4))
+    wanted = requests(SPIN if how == "spins" else SLEEP, *[SLOW] * 3, *range(1, 4))
     completions = pool.generate(wanted, SAMPLING, stop_one)
     assert [(c.problem_id, c.index) for c in completions] == asked(wanted)
     assert pool.metrics()["engine/hung"] == pool.metrics()["engine/replaced"] == 1
     assert len(set(before) & set(pool.processes())) == 1
     assert not all(Path(f"/proc/{pid}").exists() for pid in before), "the hanging process is gone"
+
+
+@pytest.mark.slow
+def test_an_engine_that_waits_for_jobs_does_not_hang(make_pool: Callable[..., EnginePool]) -> None:
+    pool, over = make_pool(hang_timeout=2.0), time.monotonic() + 5
+    assert list(pool.serve(lambda idle: () if time.monotonic() < over else Close.finish, SAMPLING))
+    assert pool.metrics()["engine/hung"] == 0
+
+
+@pytest.mark.slow
+def test_an_engine_without_memory_is_replaced(
+    make_pool: Callable[..., EnginePool], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flag = tmp_path / "flag"
+    flag.touch()
+    pool, wanted = make_pool(kwargs={"flag": str(flag)}), requests(HUGE, *range(1, 9))
+    pool.load_weights(weights_of(0.5), 3)
+    completions = pool.generate(wanted, SAMPLING)
+    assert [(c.problem_id, c.index) for c in completions] == asked(wanted)
+    assert {c.policy_versions for c in completions} == {(3, 3)}
+    assert pool.metrics()["engine/replaced"] == 1 and "MemoryError: no room for 3 GiB" in caplog.text
 
 
 @pytest.mark.slow
@@ -330,7 +282,8 @@ def test_replacements_that_do_not_start_are_given_up(
 ) -> None:
     """One, and the run goes on with the other engine; both, and it ends."""
     no_start, wanted = tmp_path / "no start", requests(*range(1, 9))
-    pool = make_pool(kwargs={"no_start": str(no_start)}, start_timeout=1.0, max_restarts=1)
+    pool = make_pool(kwargs={"no_start": str(no_start)}, max_restarts=1)
+    pool._fleet._start_timeout = 1.0  # of replacements; a first engine, which is to start, may take longer
     no_start.touch()
     pool.load_weights(weights_of(0.5), 1)
     os.kill(pool.processes()[0], signal.SIGKILL)
@@ -340,10 +293,21 @@ def test_replacements_that_do_not_start_are_given_up(
             break
     metrics = pool.metrics()
     assert (metrics["engine/replaced"], metrics["engine/hung"], metrics["engine/alive"]) == (2, 1, 1)
-    assert re.search(r"engine 0 of 2 died 2 times .*: it has not started after 1 s \(start_timeout of EnginePool\)", caplog.text)
+    assert re.search(r"engine 0 of 2 died 2 times .*: its start has taken more than 1 s \(rollout.start_timeout_s\)", caplog.text)
     os.kill(pool.processes()[0], signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"no engine is left: engine 1 of 2.*\n  the last time: it has not started after 1 s"):
+    with pytest.raises(RuntimeError, match=r"no engine is left: engine 1 of 2.*\n  the last time: its start has taken more than 1 s"):
         pool.generate(wanted, SAMPLING)
+
+
+@pytest.mark.slow
+def test_a_first_start_that_hangs_ends_with_a_message(make_pool: Callable[..., EnginePool], tmp_path: Path) -> None:
+    no_start, wanted = tmp_path / "no start", requests(1, 2)
+    no_start.touch()
+    says = r"^engine \d of 2 did not start: its start has taken more than 1 s \(rollout.start_timeout_s\)\n  → "
+    with pytest.raises(RuntimeError, match=says):
+        make_pool(kwargs={"no_start": str(no_start)}, start_timeout=1.0)
+    pool = make_pool()  # of all cores that there are: the others have given them back
+    assert [(c.problem_id, c.index) for c in pool.generate(wanted, SAMPLING)] == asked(wanted)
 
 
 @pytest.mark.slow
@@ -375,6 +339,13 @@ def test_an_engine_with_other_weights_stops_the_run(
     pool = make_pool(kwargs={"deceive": deceive, "flag": str(flag)})
     with pytest.raises(WeightProofError, match=message):
         pool.load_weights(weights_of(0.5), 5)
+    if deceive == "version":  # every time
+        return
+    for sample in (pool.generate, pool.probe):
+        with pytest.raises(RuntimeError, match=r"holds weights that were not proven: load_weights failed\n  → load weights again"):
+            sample(requests(1), SAMPLING)
+    pool.load_weights(weights_of(0.5), 5)
+    assert {c.policy_versions for c in pool.generate(requests(1), SAMPLING)} == {(5, 5)}
 
 
 @pytest.mark.slow
@@ -413,9 +384,7 @@ def slow_answer(prompt: str, index: int, seed: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scripted", "hf"])
-def test_the_same_completions_from_one_engine_and_from_three_in_any_order_under_fire(
-    ray_cluster: None, tiny_model: str, kind: str
-) -> None:
+def test_the_same_completions_from_one_engine_and_from_three_in_any_order_under_fire(ray_cluster: None, tiny_model: str, kind: str) -> None:
     """What is sampled depends on seed and index: not on the number of engines, the order of the requests, or who died meanwhile."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

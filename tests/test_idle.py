@@ -31,6 +31,7 @@ REFUSED = [
     ("rollout.transfer", "gloo", ["rollout=hf"], VLLM_ONLY.format("hf")),
     ("rollout.colocate", "true", ["rollout=hf"], VLLM_ONLY.format("hf")),
     ("rollout.hang_timeout_s", "60", ["rollout=scripted"], VLLM_ONLY.format("scripted")),
+    ("rollout.start_timeout_s", "60", ["rollout=hf"], VLLM_ONLY.format("hf")),
     ("eval.temperature", "0.6", ["rollout=scripted"], "samples nothing"),
     ("eval.top_p", "0.9", ["rollout=scripted"], "samples nothing"),
     ("eval.min_p", "0.1", ["rollout=scripted"], "samples nothing"),

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from grpo.rollouts.base import Begun, Close, Feed, Finished, Job, ServedEngine, SyncReport, Weights, jobs_of
-from grpo.rollouts.pool import EnginePool, start_ray, stop_ray
+from grpo.rollouts.pool import EnginePool, _check_machines, start_ray, stop_ray
 from grpo.rollouts.proof import Arrivals
 from grpo.rollouts.weights import WeightStream
 from grpo.types import Completion, FinishReason, Request, Sampling
@@ -243,6 +243,22 @@ def test_a_pool_that_can_not_start_says_why(ray_cluster: None, pool: EnginePool)
         first.close()
     with pytest.raises(ValueError, match="GPUs each need 1, and the ray cluster has 0"):
         EnginePool(num_engines=1, cpus_per_engine=1, gpus_per_engine=1, factory=DrillEngine)
+
+
+@pytest.mark.parametrize(
+    ("machines", "num_engines", "cpus", "gpus", "room"),
+    [
+        ([{"CPU": 3}, {"CPU": 3}], 3, 2, 0, 2),  # 6 CPUs are enough for three engines, and no machine has 4
+        ([{"CPU": 64, "GPU": 3}, {"CPU": 64, "GPU": 1}], 2, 1, 2, 1),
+        ([{"CPU": 2, "GPU": 8}, {"memory": 1}], 4, 1, 1, 2),
+    ],
+)
+def test_engines_must_fit_on_machines(machines: list[dict[str, float]], num_engines: int, cpus: int, gpus: int, room: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"do not fit on the 2 machines of the ray cluster, which have room for {room}\n  → lower rollout"
+    ):
+        _check_machines(machines, num_engines, cpus, gpus)
+    _check_machines(machines, room, cpus, gpus)
 
 
 @pytest.mark.slow

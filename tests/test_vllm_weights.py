@@ -209,18 +209,19 @@ def test_a_stream_that_breaks_off_leaves_an_engine_that_can_be_given_weights(pai
 
 
 @pytest.mark.full
-def test_an_engine_of_two_workers_that_is_killed_takes_them_with_it_and_is_replaced(
-    ray_cluster: None, tiny_model: str, weights: Weights
+@pytest.mark.parametrize("victim", ["engine", "worker"])
+def test_an_engine_of_two_workers_is_replaced_when_it_or_one_of_them_is_killed_and_none_is_left(
+    ray_cluster: None, tiny_model: str, weights: Weights, victim: str
 ) -> None:
     arguments = {"model_path": tiny_model, **ARGUMENTS, "engine_args": {"tensor_parallel_size": 2, **SMALL}}
     pool = EnginePool(num_engines=1, cpus_per_engine=1, factory=VLLMEngine, kwargs=arguments)
     try:
         assert pool.load_weights(far(weights), 1).read_back == len(weights)
         before = greedy(pool)
-        (killed,) = pool.processes()
-        workers = children(killed)
-        assert len(workers) >= 2
-        os.kill(killed, signal.SIGKILL)
+        (process,) = pool.processes()
+        workers = [pid for pid in children(process) if b"Worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(workers) == 2
+        os.kill(process if victim == "engine" else workers[1], signal.SIGKILL)
         after = greedy(pool)
         assert pool.metrics()["engine/replaced"] == 1
         assert [c.token_ids for c in after] == [c.token_ids for c in before]

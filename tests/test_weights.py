@@ -252,6 +252,15 @@ def test_tensors_that_arrive_and_are_not_applied_are_caught(
         engine.load_weights(nudged(weights), 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_what_is_no_real_number_is_refused(engine: HFEngine, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Copied into a model, the weights would become zeros, or ones, or lose a half, and be read back as just that."""
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"1 tensors are {name}, and the model computes with floating-point numbers: {TENSOR}"):
+        engine.load_weights({**weights, TENSOR: weights[TENSOR].to(dtype)}, 1)
+    assert engine.load_weights(weights, 1).read_back == len(weights)
+
+
 def test_weights_of_another_type_are_held_against_what_the_model_makes_of_them(
     tiny_model: str, tokenizer: Any, weights: dict[str, torch.Tensor]
 ) -> None:
@@ -418,7 +427,13 @@ def test_vllm_is_caught_skipping_a_tensor(
 def test_vllms_prefix_cache_is_caught_when_it_stays(
     vllm_engine: Any, halves: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever is in it: here the full blocks, of 32 tokens, of two prompts of 100."""
     vllm_engine.load_weights(halves, 1)
     monkeypatch.setattr(vllm_engine._running, "reset_prefix_cache", lambda: True)
-    with pytest.raises(WeightProofError, match="prefix cache still holds 32 tokens computed with the weights of before"):
-        vllm_engine.load_weights(halves, 2)
+    vllm_engine.load_weights(halves, 2)  # nothing has been sampled: nothing is stale
+    requests = [
+        Request(problem_id=str(i), prompt_ids=tuple(5 + (i + j) % 50 for j in range(100)), num_completions=1, seed=i) for i in range(2)
+    ]
+    vllm_engine.generate(requests, Sampling(max_new_tokens=2))
+    with pytest.raises(WeightProofError, match="prefix cache still holds 6 blocks computed with the weights of before"):  # ⌊100 / 32⌋ each
+        vllm_engine.load_weights(halves, 3)
