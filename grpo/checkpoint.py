@@ -52,7 +52,7 @@ def save(run: RunFolder, step: int, policy: Policy, state: Mapping[str, Any], ke
     While it is written there are ``keep`` older ones at most, also in a run that kept more: one that has filled its disk can go on so.
 
     Raises:
-        StorageError: the disk is full or cannot be written; the checkpoints there are untouched.
+        StorageError: the disk is full or cannot be written; the ``keep`` newest checkpoints are untouched.
     """
     run.sync_metrics()  # the rows up to here are on disk before the checkpoint that builds on them
     whole = {"format": FORMAT, "step": step, "run": run.facts(), "random": randomness.states(), "policy": policy.state(), **state}

@@ -98,7 +98,7 @@ class RunConfig:
     keep_checkpoints: int = doc("checkpoints kept with their optimiser state; the best by evaluation is kept beside them", 2)
     resume: bool = doc("go on from the last checkpoint of this run folder: what `grpo train <run folder>` sets, and no recipe", False)
     exact: bool = doc(
-        "a run is not gone on with where its bits would change: other threads, engines or CPU, edited files, other data; false: it is, with a warning",
+        "a run is not gone on with where its bits would change: other threads, precision or CPU, edited files, other data; false: it is, with a warning",
         True,
     )
 
@@ -157,7 +157,7 @@ class RolloutConfig:
     gpus_per_engine: int = doc("GPUs of one engine (tensor parallel); 0: an engine on CPUs, or 1 where vLLM is built for GPUs", 0)
     colocate: bool = doc("the engines share the trainer's GPUs: they give their memory back while the policy is updated", False)
     schedule: ScheduleName = doc(
-        "free: engines get work as they finish; fixed: equal shares, exact to the bit on equal machines", ScheduleName.free
+        "free: engines get work as they finish; fixed: whole shards, one after another; exact to the bit on equal machines", ScheduleName.free
     )
     max_staleness: int = doc("steps by which sampling may run ahead: 0 is strictly on-policy; ahead, weights change in flight", 0)
     transfer: TransferName = doc(

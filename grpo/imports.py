@@ -103,12 +103,22 @@ def resolve(settings: Mapping[str, Any], key: str, positional: int | None, provi
         raise ConfigError(
             f"{key}.fn", f"{target!r} failed while it was imported: {type(error).__name__}: {error}", "correct the file"
         ) from error
+    if ref.source is None:
+        _check_shadows_nothing(target, f"{key}.fn")
     _check_signature(function, arguments, key, target, positional, provided)
     _check_arguments(function, arguments, key, positional, provided)
     if ref.source is not None:  # the path must mean the same from any working directory
         path, _, name = target.rpartition(":")
         ref = FunctionRef(target=f"{Path(path).expanduser().resolve()}:{name}", source=ref.source, kwargs=arguments)
     return ref
+
+
+def _check_shadows_nothing(target: str, key: str) -> None:
+    """Refuse a user's module that is called like one of Python's: other processes would find Python's (``search_path``)."""
+    name = target.partition(".")[0]
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if name in sys.stdlib_module_names and file is not None and not Path(file).resolve().is_relative_to(Path(os.__file__).resolve().parent):
+        raise ConfigError(key, f"{file!r} has the name of a module of Python's own", f"rename it, or give its path: {name}.py:function")
 
 
 def _check_arguments(

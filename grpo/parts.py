@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.conditions import Conditions, conditions
-from grpo.config import Config, EngineName, ScheduleName, TransferName, WandbMode
+from grpo.config import Config, EngineName, RolloutConfig, ScheduleName, TransferName, WandbMode
 from grpo.console import ConsoleLogger
 from grpo.data import ProblemSource
 from grpo.inputs import inputs
@@ -95,9 +95,23 @@ def make_engine(
         },
     )
     stack.enter_context(_closing(pool))
+    if rollout.schedule is ScheduleName.fixed:
+        warn_of_idle_engines(rollout, pool.slots)
     if rollout.colocate:
         pool.sleep()  # the policy is loaded next
     return pool
+
+
+def warn_of_idle_engines(rollout: RolloutConfig, slots: int) -> None:
+    """Under the fixed schedule a step may be too small for all engines to have a shard of it."""
+    completions = rollout.problems_per_step * rollout.completions_per_problem
+    engines = min(rollout.num_engines, rollout.problems_per_step)  # a group is sampled by one
+    if -(-completions // slots) < engines:
+        warnings.warn(
+            f"under rollout.schedule=fixed, an engine samples up to {slots} completions by itself, and a step has {completions}: some of "
+            f"the {rollout.num_engines} engines have nothing to do\n  → rollout.engine_args.max_num_seqs={completions // engines}",
+            stacklevel=2,
+        )
 
 
 def vllm_arguments(config: Config, where: Machine) -> dict[str, Any]:

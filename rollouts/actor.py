@@ -62,7 +62,7 @@ class EngineActor:
         self._cancelled = 0
         self._beats = 0
         self._idle = True  # it waits for jobs
-        self._num_sampled: int | None = None
+        self._progress: int | None = None
         self._ended = 0
         self._finished: Finished = []
         self._queues: defaultdict[int, queue.SimpleQueue[Any]] = defaultdict(queue.SimpleQueue)  # call → what was brought for it
@@ -167,11 +167,11 @@ class EngineActor:
             self._beats += 1
 
     def _step(self, call: int, finished: Finished) -> bool:
-        """Note a step, which is a sign of life if it sampled something or had nothing to sample; False if the call was cancelled."""
+        """Note a step, which is a sign of life if it computed something or had nothing to compute; False if the call was cancelled."""
         assert self._engine is not None
-        before, self._num_sampled = self._num_sampled, self._engine.num_sampled
+        before, self._progress = self._progress, self._engine.progress
         with self._changed:
-            self._beats += self._idle or self._num_sampled is None or self._num_sampled != before
+            self._beats += self._idle or self._progress is None or self._progress != before
             self._finished += finished
             if finished:
                 self._changed.notify_all()

@@ -228,8 +228,8 @@ class ServedEngine(Serving):
         return 1 << 31
 
     @property
-    def num_sampled(self) -> int | None:
-        """Tokens sampled since it was made: one that works and does not count on hangs. None: every step of it counts as a token."""
+    def progress(self) -> int | None:
+        """A number that is another one whenever tokens were computed: while it stands still, the engine hangs. None: each step counts."""
         return None
 
     def broken_by(self, error: Exception) -> bool:

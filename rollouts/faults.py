@@ -1,17 +1,15 @@
-"""When an engine counts as hanging, and when a pool stops replacing one. Plain Python; the time is an argument."""
+"""When an engine counts as hanging, and when a pool stops replacing one. Plain Python."""
 
 from __future__ import annotations
-
-from collections import deque
 
 _LONGEST_LOOK = 1.0  # seconds that count between two looks: a machine that slept, or a stopped process, is not a hanging engine
 
 
 class Pulse:
-    """Whether an engine still makes steps.
+    """Whether an engine still gives signs of life.
 
     Args:
-        timeout: seconds without a step after which it hangs.
+        timeout: seconds without one after which it hangs.
         now: of a monotonic clock.
     """
 
@@ -22,7 +20,7 @@ class Pulse:
         self._looked = now
 
     def beat(self, beats: int) -> None:
-        """The engine says how many steps it has made in all."""
+        """The engine says how many it has given in all."""
         if beats != self._beats:
             self._beats, self._silent = beats, 0.0
 
@@ -33,20 +31,17 @@ class Pulse:
 
 
 class Restarts:
-    """A bound on replacements, so that a crash loop ends: at most ``limit`` within any ``window`` seconds without progress in between."""
+    """A bound on replacements, so that a crash loop ends, however slow: at most ``limit`` of them without progress in between."""
 
-    def __init__(self, limit: int, window: float) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._window = window
-        self._times: deque[float] = deque()
+        self._count = 0
 
     def progress(self) -> None:
         """Something was finished: what was before is no crash loop."""
-        self._times.clear()
+        self._count = 0
 
-    def allow(self, now: float) -> bool:
+    def allow(self) -> bool:
         """Note a replacement; False if it is one too many."""
-        while self._times and now - self._times[0] > self._window:
-            self._times.popleft()
-        self._times.append(now)
-        return len(self._times) <= self._limit
+        self._count += 1
+        return self._count <= self._limit

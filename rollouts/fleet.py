@@ -40,7 +40,7 @@ class Fleet:
         new_actor: makes the process of the engine with this number, the first one and those that replace it.
         factory: makes an engine; called inside the process.
         kwargs: its arguments.
-        hang_timeout, start_timeout, max_restarts, restart_window: see ``EnginePool``.
+        hang_timeout, start_timeout, max_restarts: see ``EnginePool``.
     """
 
     def __init__(
@@ -53,15 +53,14 @@ class Fleet:
         hang_timeout: float,
         start_timeout: float,
         max_restarts: int,
-        restart_window: float,
     ) -> None:
         self.counts = dict.fromkeys(("replaced", "hung", "given_up", "completions_redone"), 0)
         self.sent: Sent | None = None  # the weights that every engine must hold
         self.handout: Handout | None = None  # the jobs of the call under way
-        self.slots = [Slot(number=number, restarts=Restarts(max_restarts, restart_window)) for number in range(num_engines)]
+        self.slots = [Slot(number=number, restarts=Restarts(max_restarts)) for number in range(num_engines)]
         self._new_actor, self._factory, self._kwargs = new_actor, factory, kwargs
         self._hang_timeout, self._start_timeout = hang_timeout, start_timeout
-        self._max_restarts, self._restart_window = max_restarts, restart_window
+        self._max_restarts = max_restarts
         self._calls = 0
         self.asleep = False  # all of them were put to sleep, and no weights have come since: one that started meanwhile has old ones
         self.unproven = False  # the last weights did not get through, and there were none before them
@@ -242,13 +241,13 @@ class Fleet:
         again = self.handout.lose(slot.number) if self.handout is not None else []
         self.counts["completions_redone"] += len(again)
         briefly = " ".join(why.split())[:300]
-        if slot.restarts.allow(time.monotonic()):
+        if slot.restarts.allow():
             _LOG.warning("%s is replaced, and %d completions are sampled again: %s", who, len(again), briefly)
             self._launch(slot)
             return
         slot.state = State.gone
         self.counts["given_up"] += 1
-        crashes = f"died {self._max_restarts + 1} times within {self._restart_window:g} s and finished nothing in between"
+        crashes = f"died {self._max_restarts + 1} times and finished nothing in between"
         if all(other.state is State.gone for other in self.slots):
             held = ", ".join(sorted({job.request.problem_id for job in again})[:3]) or "nothing"
             raise RuntimeError(

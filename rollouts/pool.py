@@ -79,8 +79,7 @@ class EnginePool(Serving):
         transfer: how weights travel; None: shared memory.
         hang_timeout: seconds without a token (or, in a load, a parcel) after which a working engine is killed and replaced.
         start_timeout: seconds after which an engine that has not started counts as dead.
-        max_restarts: replacements of one engine within ``restart_window`` seconds, none of which finished a completion, before it is
-            given up.
+        max_restarts: replacements of one engine, none of which finished a completion, before it is given up.
     """
 
     def __init__(
@@ -97,7 +96,6 @@ class EnginePool(Serving):
         hang_timeout: float = 300.0,
         start_timeout: float = 1800.0,
         max_restarts: int = 4,
-        restart_window: float = 600.0,
     ) -> None:
         import ray
 
@@ -133,7 +131,6 @@ class EnginePool(Serving):
             hang_timeout=hang_timeout,
             start_timeout=start_timeout,
             max_restarts=max_restarts,
-            restart_window=restart_window,
         )
         born = [slot.born for slot in self._fleet.slots if slot.born is not None]
         self.context_length = min(each.context_length for each in born)
@@ -328,7 +325,8 @@ def _check_resources(resources: Mapping[str, float], num_engines: int, cpus: int
 
 def _check_machines(machines: Sequence[Mapping[str, float]], num_engines: int, cpus: int, gpus: int) -> None:
     """What the cluster has in all may lie on several machines, and an engine is on one."""
-    room = sum(min(int(there.get(name, 0) // each) for name, each in (("CPU", cpus), ("GPU", gpus)) if each) for there in machines)
+    each = {name: count for name, count in (("CPU", cpus), ("GPU", gpus)) if count}
+    room = sum(min((int(there.get(name, 0) // count) for name, count in each.items()), default=num_engines) for there in machines)
     if room < num_engines:
         raise ValueError(
             f"{num_engines} engines with {cpus} CPUs and {gpus} GPUs each do not fit on the {len(machines)} machines of the ray cluster, "

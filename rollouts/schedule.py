@@ -9,7 +9,6 @@ which of them samples it. So this is the schedule that repeats to the last bit.
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
@@ -108,15 +107,7 @@ class FixedHandout(Handout):
         self._given: dict[int, list[Job]] = {}  # engine → the shard it was given last
 
     def _wait(self, jobs: Sequence[Job]) -> None:
-        cut = shards(jobs, -(-len(jobs) // self._slots))
-        if 0 < len(cut) < self._num_engines:
-            warnings.warn(
-                f"under rollout.schedule=fixed, an engine samples up to {self._slots} completions by itself: some of the "
-                f"{self._num_engines} engines have nothing to do\n"
-                "  → lower max_num_seqs in rollout.engine_args to the completions of a step divided by rollout.num_engines",
-                stacklevel=2,
-            )
-        self._waiting.extend(cut)
+        self._waiting.extend(shards(jobs, -(-len(jobs) // self._slots)))
 
     def _choose(self, engine: int, held: int, slots: int, able: int) -> list[Job]:
         if held or not self._waiting:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 _ENVIRONMENT = {  # read while vLLM is imported; what the user has set stays
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
     "VLLM_LOGGING_LEVEL": "ERROR",  # every start on a CPU warns of triton and tcmalloc
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # of several workers: vLLM wants a NUMA node for each, or is told not to bind their threads
@@ -76,6 +75,7 @@ class VLLMEngine(ServedEngine):
             )
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process: see ``_core``
         if Path(model_path).is_dir():
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
         try:
@@ -119,13 +119,18 @@ class VLLMEngine(ServedEngine):
         return slots
 
     @property
-    def num_sampled(self) -> int:
-        return self._num_sampled
+    def progress(self) -> int:
+        """Tokens sampled, and those of prompts, of which long ones are computed piece by piece."""
+        return self._num_sampled + sum(request.num_computed_tokens for request in self._core.scheduler.running)
 
     def broken_by(self, error: Exception) -> bool:
-        """Also when a worker in a process of its own has died."""
-        executor = self._running.llm_engine.engine_core.engine_core.model_executor
-        return super().broken_by(error) or getattr(executor, "is_failed", False)
+        """Also when a worker in a process of its own has died, does not answer, or has no memory: of that, vLLM sends the words alone."""
+        return (
+            super().broken_by(error)
+            or isinstance(error, TimeoutError)
+            or getattr(self._core.model_executor, "is_failed", False)
+            or ("Worker failed" in str(error) and "out of memory" in str(error))
+        )
 
     @property
     def context_length(self) -> int:
@@ -228,8 +233,7 @@ class VLLMEngine(ServedEngine):
         Raises:
             WeightProofError: some are.
         """
-        scheduler = self._running.llm_engine.engine_core.engine_core.scheduler
-        left = len(scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
+        left = len(self._core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block)
         if left:
             raise WeightProofError(
                 f"vLLM's prefix cache still holds {left} blocks computed with the weights of before\n"
@@ -250,6 +254,11 @@ class VLLMEngine(ServedEngine):
         if self._llm is None:
             raise RuntimeError("this engine is closed; make a new one")
         return self._llm
+
+    @property
+    def _core(self) -> Any:
+        """vLLM's scheduler and executor, which live in this process."""
+        return self._running.llm_engine.engine_core.engine_core
 
     def _add(self, job: Job, sampling: Sampling) -> _Draft:
         """Have vLLM sample a completion, after the tokens that are begun."""

@@ -48,7 +48,7 @@ class DiligentEngine(ServedEngine):
         self._version, self._total = 0, 0.0
 
     @property
-    def num_sampled(self) -> int:
+    def progress(self) -> int:
         return self._num_sampled
 
     def serve(self, feed: Feed, sampling: Sampling) -> Generator[Finished, None, None]:
@@ -148,16 +148,14 @@ def test_a_pulse_stops_by_its_own_silence_alone() -> None:
     assert pulse.hangs(501.0)
 
 
-def test_restarts_are_bounded_within_a_window() -> None:
-    restarts = Restarts(limit=2, window=10.0)
-    assert [restarts.allow(now) for now in (0.0, 1.0, 2.0)] == [True, True, False]
-    later = Restarts(limit=2, window=10.0)
-    assert all(later.allow(now) for now in (0.0, 6.0, 12.0, 18.0))
-    useful = Restarts(limit=1, window=10.0)
-    for now in (0.0, 1.0, 2.0):
-        assert useful.allow(now)
+def test_restarts_are_bounded_however_slow_they_come() -> None:
+    restarts = Restarts(limit=2)
+    assert [restarts.allow() for _ in range(3)] == [True, True, False]
+    useful = Restarts(limit=1)
+    for _ in range(3):
+        assert useful.allow()
         useful.progress()
-    assert useful.allow(3.0) and not useful.allow(4.0)
+    assert useful.allow() and not useful.allow()
 
 
 # --- in processes ---
@@ -269,7 +267,7 @@ def test_an_engine_without_memory_is_replaced(
 @pytest.mark.slow
 def test_a_crash_loop_ends_with_a_message(make_pool: Callable[..., EnginePool]) -> None:
     pool = make_pool(max_restarts=1)
-    with pytest.raises(RuntimeError, match=r"no engine is left: engine \d of 2, the last one, died 2 times within 600 s and fin") as error:
+    with pytest.raises(RuntimeError, match=r"no engine is left: engine \d of 2, the last one, died 2 times and fin") as error:
         pool.generate(requests(SLOW, POISON), SAMPLING)
     assert "died unexpectedly" in str(error.value) and "→ often the system was out of memory" in str(error.value)
     assert "p1" in str(error.value).partition("it was sampling:")[2], "the problem that kills them is named"

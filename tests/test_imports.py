@@ -160,6 +160,20 @@ def test_signatures(own: Path) -> None:
     assert resolve({"fn": fn("anything"), "a": 1, "b": 2}, key="reward.x", positional=2).load()(0, 0) == 2
 
 
+def test_a_module_with_the_name_of_one_of_pythons_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is found here, workers would find Python's own."""
+    (tmp_path / "this.py").write_text("def f(completion, problem):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    with pytest.raises(
+        ConfigError, match=r"^reward\.x\.fn: '.*this\.py' has the name of a module of Python's own\n  → rename it, or"
+    ):
+        resolve({"fn": "this.f"}, "reward.x", 2)
+    monkeypatch.delitem(sys.modules, "this")
+    assert resolve({"fn": f"{tmp_path}/this.py:f"}, "reward.x", 2).kwargs == {}
+    assert resolve({"fn": "math.hypot"}, "reward.x", 2).target == "math.hypot"
+
+
 def test_what_the_toolkit_passes_counts_as_given(own: Path) -> None:
     settings = {"fn": f"{own / 'own.py'}:dataset", "size": 2}
     ref = resolve(settings, key="data.problems", positional=1, provided=("seed",))

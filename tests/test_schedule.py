@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from grpo.config import RolloutConfig
 from grpo.models import resolve_model
+from grpo.parts import warn_of_idle_engines
 from grpo.recipe import load_recipe
 from grpo.rollouts.base import Job, jobs_of
 from grpo.rollouts.hf import HFEngine
@@ -27,7 +29,6 @@ def jobs_for(sizes: Sequence[int]) -> list[Job]:
     return jobs_of([Request(problem_id=str(i), prompt_ids=(1,), num_completions=size, seed=i) for i, size in enumerate(sizes)])
 
 
-@pytest.mark.filterwarnings("ignore:under rollout.schedule=fixed")
 @given(deals=st.lists(sizes, max_size=3), num_engines=st.integers(1, 5), schedule=st.sampled_from(Schedule), data=st.data())
 def test_every_job_is_finished_whoever_dies(deals: list[list[int]], num_engines: int, schedule: Schedule, data: st.DataObject) -> None:
     """Jobs come, engines take, finish and die in any order: everything is handed out until it is finished, nothing to two at a time."""
@@ -61,7 +62,6 @@ def test_every_job_is_finished_whoever_dies(deals: list[list[int]], num_engines:
     assert sorted(job.number for job in done) == [job.number for job in jobs]
 
 
-@pytest.mark.filterwarnings("ignore:under rollout.schedule=fixed")
 @given(deals=st.lists(sizes, max_size=3), num_engines=st.integers(1, 5), slots=st.integers(1, 20))
 def test_fixed_shards_depend_on_what_came_together_and_an_engines_slots_alone(deals: list[list[int]], num_engines: int, slots: int) -> None:
     """Whole groups, in order, about as many as an engine samples at once, whoever takes them; a shard is done again as a whole."""
@@ -92,13 +92,23 @@ def test_fixed_shards_depend_on_what_came_together_and_an_engines_slots_alone(de
         assert all(len(shard) < slots + max(deal) for shard in given)
 
 
-def test_engines_without_work_are_told_of() -> None:
-    with pytest.warns(UserWarning, match="up to 24 completions by itself: some of the 2 engines.*\n.*lower max_num_seqs"):
-        FixedHandout(2, slots=24).add(jobs_for([4] * 6))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        FixedHandout(2, slots=23).add(jobs_for([4] * 6))
-        FixedHandout(1, slots=24).add(jobs_for([4] * 6))
+@pytest.mark.parametrize(
+    ("problems", "samples", "engines", "slots", "advice"),
+    [
+        (16, 8, 2, 256, 64),  # 128 completions are one shard
+        (16, 8, 2, 64, None),
+        (16, 8, 1, 256, None),
+        (2, 64, 4, 128, 64),  # two groups: more than two engines cannot have work
+        (2, 64, 4, 64, None),
+    ],
+)
+def test_engines_that_will_have_no_work_are_told_of(problems: int, samples: int, engines: int, slots: int, advice: int | None) -> None:
+    rollout = RolloutConfig(problems_per_step=problems, completions_per_problem=samples, num_engines=engines)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_idle_engines(rollout, slots)
+    said = [str(warning.message).rpartition("→ ")[2] for warning in caught]
+    assert said == ([] if advice is None else [f"rollout.engine_args.max_num_seqs={advice}"])
 
 
 def test_free_engines_get_an_equal_share_and_then_what_they_have_room_for() -> None:
