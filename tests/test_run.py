@@ -225,12 +225,12 @@ def test_environment_is_complete_and_json(run: RunFolder) -> None:
 # ---------------------------------------------------------------- what the bits rest on
 
 
-def held(*, threads: int = 2, **settings: object) -> dict[str, object]:
+def held(*, threads: int = 2, precision: str = "bfloat16", **settings: object) -> dict[str, object]:
     """The environment of a run, with other settings of ``rollout`` and ``trainer`` than their defaults."""
     config = Config(rollout=RolloutConfig(engine=EngineName.vllm, schedule=ScheduleName.fixed))
     for name, value in settings.items():
         setattr(config.trainer if name == "ranks" else config.rollout, name, value)
-    now = conditions(config, cpus_per_engine=2, trainer_threads=threads, device="cpu", precision="bfloat16", cpu_instructions="AVX512")
+    now = conditions(config, cpus_per_engine=2, trainer_threads=threads, device="cpu", precision=precision, cpu_instructions="AVX512")
     return {"conditions": dict(now), "packages": {"torch": "2.13.0", "vllm": "0.32.0", "transformers": "5.16.1"}, "cpu": "Xeon"}
 
 
@@ -254,10 +254,11 @@ def test_what_promises_the_same_bits(settings: dict[str, object], exact: bool) -
 def test_a_changed_condition_is_refused_or_said() -> None:
     before = held()
     assert check_conditions(before, held(), exact=True) == []
-    with pytest.raises(ConfigError, match=r"run\.exact: .* num_engines was 1 and is 2; trainer_threads was 2 and is 4\n") as caught:
-        check_conditions(before, held(threads=4, num_engines=2), exact=True)
+    with pytest.raises(ConfigError, match=r"run\.exact: .* was 2 and is 4; precision was bfloat16 and is float32\n") as caught:
+        check_conditions(before, held(threads=4, precision="float32"), exact=True)
     remedy = str(caught.value).splitlines()[1]
-    assert remedy == "  → rollout.num_engines=1, OMP_NUM_THREADS=2 in front of the command; or go on all the same: run.exact=false"
+    assert remedy == "  → OMP_NUM_THREADS=2 in front of the command, model.precision=bf16; or go on all the same: run.exact=false"
+    assert check_conditions(before, held(num_engines=2), exact=True) == [], "under the fixed schedule it does not matter how many"
     assert check_conditions(before, held(threads=4), exact=False) == ["trainer_threads was 2 and is 4: from here on the bits may be others"]
     free = held(schedule=ScheduleName.free)
     assert check_conditions(free, held(threads=4, schedule=ScheduleName.free), exact=True) == [], "nothing was promised"

@@ -31,12 +31,14 @@ class StandIn:
         self.waiting: list[str] = []
         self.model_config = SimpleNamespace(hf_config=SimpleNamespace(tie_word_embeddings=True), enable_sleep_mode=True, max_model_len=64)
         self.llm_engine = self
-        self.vllm_config = SimpleNamespace(
-            parallel_config=SimpleNamespace(world_size=1), cache_config=SimpleNamespace(enable_prefix_caching=False)
-        )
+        blocks = SimpleNamespace(block_pool=SimpleNamespace(cached_block_hash_to_block={}))
+        scheduler = SimpleNamespace(kv_cache_manager=blocks, running=[])
+        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler, model_executor=None))
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=1))
         token = {7: SimpleNamespace(logprob=-0.5), 8: SimpleNamespace(logprob=-0.25)}
         state = SimpleNamespace(
-            detokenizer=SimpleNamespace(output_token_ids=[7, 8]), logprobs_processor=SimpleNamespace(logprobs=[token, token])
+            detokenizer=SimpleNamespace(output_token_ids=[7, 8], num_output_tokens=lambda: 2),
+            logprobs_processor=SimpleNamespace(logprobs=[token, token]),
         )
         self.output_processor = SimpleNamespace(request_states={"0": state, "1": state})
 
