@@ -95,7 +95,7 @@ class EnginePool(Serving):
         transfer: Transfer | None = None,
         hang_timeout: float = 300.0,
         start_timeout: float = 1800.0,
-        max_restarts: int = 4,
+        max_restarts: int = 10,
     ) -> None:
         import ray
 
