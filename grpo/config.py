@@ -97,10 +97,7 @@ class RunConfig:
     checkpoint_every: int = doc("steps between checkpoints; the last step always has one", 10)
     keep_checkpoints: int = doc("checkpoints kept with their optimiser state; the best by evaluation is kept beside them", 2)
     resume: bool = doc("go on from the last checkpoint of this run folder: what `grpo train <run folder>` sets, and no recipe", False)
-    exact: bool = doc(
-        "a run is not gone on with where its bits would change: other threads, precision or CPU, edited files, other data; false: it is, with a warning",
-        True,
-    )
+    exact: bool = doc("a run is not gone on with where its bits would change: other threads, precision or CPU, edited files, other data; false: it is, with a warning", True)
 
 
 @dataclass
@@ -143,9 +140,7 @@ class RolloutConfig:
     engine: EngineName = doc("vllm, hf (transformers) or scripted", EngineName.vllm)
     problems_per_step: int = doc("problems drawn each step", 16)
     completions_per_problem: int = doc("completions sampled for each problem: the group", 8)
-    sampling_rounds: int = doc(
-        "dynamic sampling: groups without signal are replaced by further problems in up to so many rounds; 1: off", 1
-    )
+    sampling_rounds: int = doc("dynamic sampling: groups without signal are replaced by further problems in up to so many rounds; 1: off", 1)
     max_new_tokens: int = doc("token limit of a completion", 256)
     temperature: float = doc("sampling temperature of training rollouts", 1.0)
     top_p: float = doc("nucleus sampling; training takes its log-probs over what is kept; 1 is off", 1.0)
@@ -156,15 +151,13 @@ class RolloutConfig:
     cpus_per_engine: int = doc("vllm: threads of one engine; 0: all cores of the machine, divided among the engines", 0)
     gpus_per_engine: int = doc("GPUs of one engine (tensor parallel); 0: an engine on CPUs, or 1 where vLLM is built for GPUs", 0)
     colocate: bool = doc("the engines share the trainer's GPUs: they give their memory back while the policy is updated", False)
-    schedule: ScheduleName = doc(
-        "free: engines get work as they finish; fixed: whole shards, one after another; exact to the bit on equal machines", ScheduleName.free
-    )
+    schedule: ScheduleName = doc("free: engines get work as they finish; fixed: whole shards, one after another; exact to the bit on equal machines", ScheduleName.free)
     max_staleness: int = doc("steps by which sampling may run ahead: 0 is strictly on-policy; ahead, weights change in flight", 0)
     transfer: TransferName = doc(
         "how weights reach vLLM engines: shared_memory (Ray's store), disk (files in the run folder), gloo; from GPU to GPU nccl, or cuda_ipc on one machine",
         TransferName.shared_memory,
     )
-    hang_timeout_s: float = doc("vllm: an engine that samples no token for so long is killed and replaced", 300.0)
+    hang_timeout_s: float = doc("vllm: an engine that computes no token for so long is killed and replaced", 300.0)
     start_timeout_s: float = doc("vllm: an engine that has not started after so long counts as dead", 1800.0)
     engine_args: dict[str, Any] = doc("passed to the engine as they are, e.g. any argument of vllm.LLM", factory=dict)
 
@@ -172,13 +165,9 @@ class RolloutConfig:
 @dataclass
 class AlgoConfig:
     advantage: dict[str, Any] = doc("fn: rewards of a group → advantages", factory=dict)
-    combine_rewards: CombineRewards = doc(
-        "several reward parts are weighted and summed before or after the advantage is taken", CombineRewards.before
-    )
+    combine_rewards: CombineRewards = doc("several reward parts are weighted and summed before or after the advantage is taken", CombineRewards.before)
     normalise: dict[str, Any] = doc("fn: advantages of all tokens of the batch → normalised; empty: none", factory=dict)
-    ratio: dict[str, Any] = doc(
-        "fn: level at which policy and anchor are compared: token, sequence", factory=lambda: {"fn": "grpo.ratios.token"}
-    )
+    ratio: dict[str, Any] = doc("fn: level at which policy and anchor are compared: token, sequence", factory=lambda: {"fn": "grpo.ratios.token"})
     anchor: Anchor = doc("what the ratio compares with: the policy before this step's updates, or the engine that sampled", Anchor.proximal)
     objective: dict[str, Any] = doc("fn: per-token policy objective, with its clip bounds", factory=dict)
     correction: dict[str, Any] = doc("one entry a correction for sampler ≠ trainer: fn and its arguments; they multiply", factory=dict)
@@ -206,9 +195,7 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
-    layout: Layout = doc(
-        "how rollouts are laid out for the model: shared_prompt computes a prompt once a group; packed, padded", Layout.shared_prompt
-    )
+    layout: Layout = doc("how rollouts are laid out for the model: shared_prompt computes a prompt once a group; packed, padded", Layout.shared_prompt)
     tokens_per_microbatch: int = doc("token budget of one forward and backward pass", 4096)
     device: str = doc("cpu, cuda, or auto", "auto")
     ranks: int = doc("processes that train, each with a shard of the model (FSDP2) and, on cuda, a GPU; 1: this process", 1)

@@ -171,7 +171,7 @@ class EngineActor:
         assert self._engine is not None
         before, self._progress = self._progress, self._engine.progress
         with self._changed:
-            self._beats += self._idle or self._progress is None or self._progress != before
+            self._beats += self._idle or bool(finished) or self._progress is None or self._progress != before
             self._finished += finished
             if finished:
                 self._changed.notify_all()

@@ -229,7 +229,10 @@ class ServedEngine(Serving):
 
     @property
     def progress(self) -> int | None:
-        """A number that is another one whenever tokens were computed: while it stands still, the engine hangs. None: each step counts."""
+        """A number that is another one when tokens were computed: if it stands still, and nothing is finished, the engine hangs.
+
+        None: each step counts.
+        """
         return None
 
     def broken_by(self, error: Exception) -> bool:

@@ -105,7 +105,6 @@ class VLLMEngine(ServedEngine):
             **(engine_args or {}),
         }
         self._llm: LLM | None = LLM(**arguments)
-        self._num_sampled = 0
         self._version, self._asleep = 0, False  # asleep: from ``sleep`` until weights are loaded
         self._given_back: frozenset[str] = frozenset()  # of memory; a load that fails may have taken part of it
         self._expected = checkpoint_shapes(model_path, revision) or None
@@ -120,8 +119,8 @@ class VLLMEngine(ServedEngine):
 
     @property
     def progress(self) -> int:
-        """Tokens sampled, and those of prompts, of which long ones are computed piece by piece."""
-        return self._num_sampled + sum(request.num_computed_tokens for request in self._core.scheduler.running)
+        """Computed tokens of what is under way: sampled ones, and those of prompts, of which long ones are computed piece by piece."""
+        return sum(request.num_computed_tokens for request in self._core.scheduler.running)
 
     def broken_by(self, error: Exception) -> bool:
         """Also when a worker in a process of its own has died, does not answer, or has no memory: of that, vLLM sends the words alone."""
@@ -160,9 +159,7 @@ class VLLMEngine(ServedEngine):
                     check_lengths(coming, sampling, self.context_length)
                     for job in coming:
                         running[str(job.number)] = self._add(job, sampling)
-                before = sum(draft.num_sampled for draft in running.values())
                 outputs = engine.step() if running else []
-                self._num_sampled += sum(draft.num_sampled for draft in running.values()) - before
                 ended = [(running.pop(output.request_id), output.outputs[0]) for output in outputs]
                 yield [(draft.job.number, draft.completion(output, self._version)) for draft, output in ended]
         finally:  # Ctrl-C, or the caller has had enough: leave an engine that can go on
@@ -312,10 +309,6 @@ class _Draft:
     job: Job
     state: RequestState
     kept: list[bytes] | None  # of the new tokens, if sampling truncates: ``counter_sampler`` fills it; None: nobody knows
-
-    @property
-    def num_sampled(self) -> int:
-        return 0 if self.state.detokenizer is None else self.state.detokenizer.num_output_tokens()
 
     def go_on(self, tokenizer: Any, params: SamplingParams) -> None:
         """Let the text begin after the request's own prompt, not after the tokens that are begun.

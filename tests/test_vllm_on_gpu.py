@@ -37,7 +37,7 @@ class StandIn:
         self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=1))
         token = {7: SimpleNamespace(logprob=-0.5), 8: SimpleNamespace(logprob=-0.25)}
         state = SimpleNamespace(
-            detokenizer=SimpleNamespace(output_token_ids=[7, 8], num_output_tokens=lambda: 2),
+            detokenizer=SimpleNamespace(output_token_ids=[7, 8]),
             logprobs_processor=SimpleNamespace(logprobs=[token, token]),
         )
         self.output_processor = SimpleNamespace(request_states={"0": state, "1": state})
