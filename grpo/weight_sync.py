@@ -21,7 +21,7 @@ from grpo.types import Completion, Group, Problem, Request, Rollout, Sampling
 
 _PROMPT = 80  # tokens of a probe's prompt: more than two blocks of a prefix cache (32 tokens on CPUs, 16 on GPUs), which must be dropped
 _PROMPTS, _SAMPLES, _TOKENS = 2, 2, 4
-_GAUGE, _GAUGE_TOKENS = 8, 2  # tokens of a prompt of the gauge, which is read at every sync, and of an answer
+_GAUGE, _GAUGE_TOKENS = 8, 1  # tokens of a prompt of the gauge, which is read at every sync, and of an answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

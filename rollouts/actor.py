@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.imports import search_path
+from grpo.memory import reuse_freed_pages
 from grpo.rollouts.base import Close, Finished, Job, ServedEngine, SyncReport
 from grpo.rollouts.transfer import Parcel, ParcelStream
 from grpo.rollouts.weights import Spec
@@ -73,6 +74,7 @@ class EngineActor:
         import ray
 
         self._engine = factory(**kwargs)
+        reuse_freed_pages()
         node = ray.get_runtime_context().get_node_id()
         return Born(os.getpid(), node, self._engine.slots, self._engine.context_length)
 
