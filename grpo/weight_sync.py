@@ -21,7 +21,7 @@ from grpo.types import Completion, Group, Problem, Request, Rollout, Sampling
 
 _PROMPT = 80  # tokens of a probe's prompt: more than two blocks of a prefix cache (32 tokens on CPUs, 16 on GPUs), which must be dropped
 _PROMPTS, _SAMPLES, _TOKENS = 2, 2, 4
-_GAUGE, _GAUGE_TOKENS = 8, 1  # tokens of a prompt of the gauge, which is read at every sync, and of an answer
+_GAUGE = 8  # tokens of a prompt of the gauge, which is read at every sync
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +33,9 @@ class Probe:
 
     @property
     def gauge(self) -> Probe:
-        """The same behind the last tokens of their prompts alone, with shorter answers: read at every sync, it must cost little."""
+        """One token behind the last ones of the same prompts: read at every sync, it must cost little."""
         requests = (replace(request, prompt_ids=request.prompt_ids[-_GAUGE:]) for request in self.requests)
-        tokens = min(self.sampling.max_new_tokens, _GAUGE_TOKENS)
-        return Probe(requests=tuple(requests), sampling=replace(self.sampling, max_new_tokens=tokens))
+        return Probe(requests=tuple(requests), sampling=replace(self.sampling, max_new_tokens=1))
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], room: int, temperature: float = 1.0) -> Probe:

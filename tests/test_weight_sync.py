@@ -87,7 +87,7 @@ def test_a_probe_is_long_enough_for_the_cache_and_fits_into_the_engine() -> None
     assert short.prompt_ids == (6, 7) + (5, 6, 7) * 26 and long.prompt_ids == tuple(range(220, 300))  # 80: two blocks of 32, and more
     assert len({request.problem_id for request in probe.requests}) == 2 and short.seed != long.seed
     assert [request.prompt_ids for request in probe.gauge.requests] == [(6, 7) + (5, 6, 7) * 2, tuple(range(292, 300))]  # the last 8
-    assert (probe.gauge.sampling.temperature, probe.gauge.sampling.max_new_tokens) == (0.7, 2)
+    assert (probe.gauge.sampling.temperature, probe.gauge.sampling.max_new_tokens) == (0.7, 1)
     assert (probe.sampling.temperature, probe.sampling.max_new_tokens) == (0.7, 4)
     for room in (2, 5, 9, 40):
         small = Probe.of([(5, 6, 7)], room)
