@@ -12,6 +12,7 @@ from torch import Tensor
 from grpo.batch import Batch, collate
 from grpo.credit import Credit
 from grpo.losses import Loss
+from grpo.metrics import has_signal
 from grpo.policy import Policy
 from grpo.types import Group
 
@@ -48,6 +49,14 @@ class Learner:
         phase("updating")
         return batch, merge_metrics([self.update(minibatch) for minibatch in batch.minibatches(self.updates_per_step)])
 
+    def has_signal(self, group: Group) -> bool:
+        """Whether a group can move the policy: not if its rewards are equal – where advantages are taken part by part, in every part –
+        nor if all of it is masked."""
+        if self.mask_truncated and all(rollout.completion.truncated for rollout in group.rollouts if rollout.scored):
+            return False
+        parts = self.credit.part_weights
+        return any(has_signal(group, part) for part in parts) if parts else has_signal(group)
+
     def prepare(self, batch: Batch) -> Batch:
         """Add what the objective asks for: the log-probs of the policies it compares with, and advantages."""
         if self.credit.needs_reference:
@@ -71,10 +80,10 @@ class Learner:
         if not self.loss.signal_only:
             return self.policy.score(batch).logprobs
         trained = batch.with_signal()
-        has_signal = torch.zeros(len(batch.rollouts), dtype=torch.bool)
-        has_signal[batch.rollout_index[batch.advantages != 0]] = True
+        moves = torch.zeros(len(batch.rollouts), dtype=torch.bool)
+        moves[batch.rollout_index[batch.advantages != 0]] = True
         logprobs = self.policy.score(trained).logprobs
-        return logprobs.new_zeros(batch.num_tokens).masked_scatter(has_signal[batch.rollout_index], logprobs)
+        return logprobs.new_zeros(batch.num_tokens).masked_scatter(moves[batch.rollout_index], logprobs)
 
     def update(self, minibatch: Batch) -> Metrics:
         metrics = self.policy.update(minibatch, self.loss)

@@ -216,12 +216,11 @@ def _completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     }
 
 
-def staleness_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+def staleness_metrics(rollouts: Iterable[Rollout], version: int) -> dict[str, float]:
     """How many steps old the weights were that sampled the tokens which a policy of ``version`` is about to be trained on."""
     ages = [
         version - sampled_by
-        for group in groups
-        for completion in (rollout.completion for rollout in group.rollouts)
+        for completion in (rollout.completion for rollout in rollouts)
         for sampled_by, own in zip(completion.policy_versions, completion.sampled or itertools.repeat(True), strict=False)
         if own
     ]

@@ -7,7 +7,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from grpo.config import ConfigError
-from grpo.rollouts.guard import FAILURE, EnvironmentFailed, Guarded, at_once
+from grpo.rollouts.guard import EnvironmentFailed, Guarded, at_once
+from grpo.types import FAILURE
 
 if TYPE_CHECKING:
     from grpo.plan import Plan

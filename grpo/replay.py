@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from grpo.metrics import has_signal, mean
 from grpo.rewards.health import Failure, failures
 from grpo.rollouts.assembly import Scorer
-from grpo.rollouts.episode import FAILURE, judged
+from grpo.rollouts.episode import judged
 from grpo.run import MEASURED
-from grpo.types import Group, Outcome, Rollout, Score
+from grpo.types import FAILURE, Group, Outcome, Rollout, Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

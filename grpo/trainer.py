@@ -20,7 +20,7 @@ from grpo.best import Best
 from grpo.interrupt import StopSignal
 from grpo.learner import Learner
 from grpo.loggers import Logger
-from grpo.metrics import eval_metrics, has_signal, rollout_metrics, staleness_metrics
+from grpo.metrics import eval_metrics, rollout_metrics, staleness_metrics
 from grpo.rewards.health import RewardFailure, UnscoredStop
 from grpo.rollout_table import rollout_key
 from grpo.rollouts.dynamic import Draw, draw_groups
@@ -135,7 +135,7 @@ class Trainer:
                     batch, updates = self.learner.learn(drawn.kept, self.logger.phase)
                 self.collector.used()
                 self.step = step
-                metrics = rollout_metrics(drawn.all, s.eval_metric, self.reward_weights) | updates | self.draw_metrics(drawn)
+                metrics = rollout_metrics(drawn.all, s.eval_metric, self.reward_weights) | updates | self.draw_metrics(drawn, batch)
                 self.record(drawn, batch)
                 whole = True  # and its rollouts are on disk
                 try:
@@ -167,17 +167,13 @@ class Trainer:
                 self.times[name] = self.times.get(name, 0.0) + seconds
             return groups
 
-        return draw_groups(collect, self.collector.take, self.has_signal, self.settings.problems_per_step, self.settings.sampling_rounds)
+        s = self.settings
+        return draw_groups(collect, self.collector.take, self.learner.has_signal, s.problems_per_step, s.sampling_rounds)
 
-    def has_signal(self, group: Group) -> bool:
-        """Where advantages are taken part by part, one part that differs is enough."""
-        parts = self.learner.credit.part_weights
-        return any(has_signal(group, part) for part in parts) if parts else has_signal(group)
-
-    def draw_metrics(self, drawn: Draw) -> Metrics:
+    def draw_metrics(self, drawn: Draw, batch: Batch) -> Metrics:
         """What was left out of the update, and why: counted, so that nothing is biased in silence."""
         metrics = {"rollout/drawn_groups": float(len(drawn.all)), "rollout/dropped_groups": float(len(drawn.dropped))}
-        metrics |= staleness_metrics(drawn.kept, self.step - 1)
+        metrics |= staleness_metrics(batch.rollouts, self.step - 1)
         if self.learner.mask_truncated:
             metrics["rollout/masked_truncated"] = float(sum(r.completion.truncated for g in drawn.kept for r in g.rollouts))
         return metrics

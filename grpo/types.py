@@ -132,6 +132,9 @@ class Score:
         return not math.isnan(self.value)
 
 
+FAILURE = "environment"  # the name under which a failure of the environment stands among a rollout's scores
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """A completion, its scores by reward part (before weighting), and their weighted sum (NaN = unscored)."""

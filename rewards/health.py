@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo.types import Group, Outcome, Rollout, Score
+from grpo.types import FAILURE, Group, Outcome, Rollout, Score
 
 
 class RewardFailure(RuntimeError):
@@ -27,7 +27,7 @@ class Failure:
     message: str
 
     def __str__(self) -> str:
-        return f"reward.{self.part}: {self.count} unscored ({self.outcome}): {self.message}"
+        return f"{_called(self.part)}: {self.count} unscored ({self.outcome}): {self.message}"
 
 
 def failures(groups: Iterable[Group]) -> list[Failure]:
@@ -109,11 +109,11 @@ class UnscoredStop:
         lines = [
             f"the rewards left {unscored} of {total} rollouts of {steps} unscored ({unscored / total:.0%}; "
             f"a run stops above {self.share:.0%} over {self.steps} steps): "
-            + ", ".join(f"reward.{part} {outcome} × {n}" for (part, outcome), n in causes.most_common())
+            + ", ".join(f"{_called(part)} {outcome} × {n}" for (part, outcome), n in causes.most_common())
         ]
         if last is not None:
             rollout, part, score = last
-            lines.append(f"  the last one, reward.{part} on completion {rollout.completion.index} of problem {rollout.problem.id!r}:")
+            lines.append(f"  the last one, {_called(part)} on completion {rollout.completion.index} of problem {rollout.problem.id!r}:")
             lines += [f"    {line}" for line in (score.detail or str(score.outcome)).splitlines()]
         lines.append("  → correct the function, or raise its limits; the rollout files hold every message (docs/rewards.md)")
         return "\n".join(lines)
@@ -127,10 +127,15 @@ class _Step:
 
 
 def _unscored(rollouts: Iterable[Rollout]) -> Iterator[tuple[Rollout, str, Score]]:
+    """Where the environment failed, that alone: it is why its own scores are missing."""
     for rollout in rollouts:
-        for part, score in rollout.scores.items():
-            if not score.scored:
-                yield rollout, part, score
+        unscored = {part: score for part, score in rollout.scores.items() if not score.scored}
+        for part in [FAILURE] if FAILURE in unscored else unscored:
+            yield rollout, part, unscored[part]
+
+
+def _called(part: str) -> str:
+    return part if part == FAILURE else f"reward.{part}"
 
 
 def _last_line(text: str) -> str:

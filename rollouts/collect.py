@@ -53,9 +53,9 @@ class Groups:
 
     def begin(self, problem: Problem, draw: int | str) -> GroupInMaking:
         """A group of which nothing is there yet. ``draw``: see ``request_seed``."""
-        seed = request_seed(self.seed, draw, problem.id)
+        seed, tokens = request_seed(self.seed, draw, problem.id), self.sampling.max_new_tokens
         episodes = [
-            Episode(problem, index, seed, self.environment, self.dialogue, self.sampling.max_new_tokens)
+            Episode(problem, index, seed, self.environment, self.dialogue, tokens, self.engine.context_length - tokens)
             for index in range(self.completions_per_problem)
         ]
         return GroupInMaking(problem=problem, draw=draw, episodes=episodes)

@@ -12,6 +12,8 @@ from typing import Protocol
 
 from grpo.types import Completion, Problem, Score
 
+ONLY_SCORE = "score"  # what a score without a name is called
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -31,10 +33,11 @@ class Message:
 class Done:
     """The rollout is over. ``scores``: the environment's own verdict by name, beside those of the recipe's reward parts.
 
-    What a score is worth is said by ``environment.weights`` of the recipe; one without a weight is only logged.
+    ``Done(0.5)`` is ``Done({"score": 0.5})``. What a score is worth is said by ``environment.weights`` of the recipe
+    (``environment.weights.score=1``); one without a weight is only logged.
     """
 
-    scores: Mapping[str, Score | float] | None = None
+    scores: Mapping[str, Score | float] | Score | float | None = None
 
 
 class Environment(Protocol):

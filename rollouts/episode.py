@@ -18,8 +18,8 @@ from grpo.config import ConfigError
 from grpo.rewards.base import combine
 from grpo.rollouts.base import Begun, Job
 from grpo.rollouts.environments import Environment, Message
-from grpo.rollouts.guard import FAILURE, EnvironmentFailed, Guarded, Verdict, at_once
-from grpo.types import Completion, FinishReason, Outcome, Problem, Request, Rollout, Score
+from grpo.rollouts.guard import EnvironmentFailed, Guarded, Verdict, at_once
+from grpo.types import FAILURE, Completion, FinishReason, Outcome, Problem, Request, Rollout, Score
 
 
 class Dialogue(Protocol):
@@ -45,10 +45,18 @@ class Episode:
         index: which rollout of its problem's group.
         seed: of the first turn's request; later turns draw from seeds made of it.
         max_new_tokens: tokens after the first prompt, those of the environment included.
+        max_prompt: tokens of the first prompt that the engine has room for beside them.
     """
 
     def __init__(
-        self, problem: Problem, index: int, seed: int, environment: Callable[[], Environment], dialogue: Dialogue, max_new_tokens: int
+        self,
+        problem: Problem,
+        index: int,
+        seed: int,
+        environment: Callable[[], Environment],
+        dialogue: Dialogue,
+        max_new_tokens: int,
+        max_prompt: float = math.inf,
     ) -> None:
         self.problem = problem
         self.index = index
@@ -59,7 +67,7 @@ class Episode:
         self._make_environment = environment
         self._environment: Guarded | None = None
         self._dialogue = dialogue
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens, self._max_prompt = max_new_tokens, max_prompt
         self._prompt_ids: tuple[int, ...] = ()
         self._begun_behind: tuple[int, ...] | None = None
         self._pieces: list[_Piece] = []
@@ -149,6 +157,11 @@ class Episode:
         tokens = self._formed(messages, lambda: self._dialogue.opening(messages))
         if not tokens:
             raise EnvironmentFailed("what the environment asks first is empty, and a policy needs something to go on from")
+        if len(tokens) > self._max_prompt:
+            raise EnvironmentFailed(
+                f"what the environment asks first is {len(tokens)} tokens long, and beside rollout.max_new_tokens={self._max_new_tokens} "
+                f"the engine has room for {self._max_prompt}: ask less, lower that, or raise max_model_len in rollout.engine_args"
+            )
         return tokens
 
     def _formed(self, messages: Sequence[Message], form: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
@@ -188,7 +201,7 @@ def judged(
     if twice := sorted(parts.keys() & own.keys() - {FAILURE}):
         own = {name: score for name, score in own.items() if name not in twice} | {FAILURE: _named_twice(twice)}
     failed = FAILURE in own and not own[FAILURE].scored
-    missing = Score(value=math.nan, outcome=Outcome.error, detail="the environment did not give it")
+    missing = Score(value=math.nan, outcome=Outcome.error, detail=f"the environment {'failed' if failed else 'did not give it'}")
     if completion.truncated and not failed:
         missing = Score(value=0.0, detail="cut off before the environment gave it")
     scores = {**parts, **own}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import threading
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -11,15 +12,13 @@ from typing import Any, TypeVar
 
 from grpo.rewards.arguments import flag, number, whole
 from grpo.rewards.base import attribute, describe, to_score
-from grpo.rollouts.environments import Done, Environment, Message
-from grpo.types import Completion, Outcome, Problem, Score
+from grpo.rollouts.environments import ONLY_SCORE, Done, Environment, Message
+from grpo.types import FAILURE, Completion, Outcome, Problem, Score
 
 # of an environment that says nothing else
 MAX_TURNS = 32
 TIMEOUT_S = 60.0  # for one call
 AT_ONCE = 8  # calls
-
-FAILURE = "environment"  # the name under which an environment's failure stands among the scores
 
 _Answer = TypeVar("_Answer")
 _Default = TypeVar("_Default", int, None)
@@ -49,8 +48,10 @@ class Verdict:
         if not isinstance(done, Done):
             raise EnvironmentFailed(f"the environment returned {done!r:.200}; at a limit it returns Done")
         scores = {} if done.scores is None else done.scores
+        if isinstance(scores, Score | numbers.Real):
+            scores = {ONLY_SCORE: scores}
         if not isinstance(scores, Mapping):
-            raise EnvironmentFailed(f"Done has the scores {scores!r:.200}; they are a mapping, name: score")
+            raise EnvironmentFailed(f"Done has the scores {scores!r:.200}; they are a number, or a mapping, name: score")
         for name in scores:
             _check_text("the name of a score", name)
             if name == FAILURE:

@@ -119,11 +119,13 @@ def program_of(turn: str, format: Format) -> str | None:
     return block[0].text if block and block[0].language in PYTHON_NAMES and block[0].text.strip() else None
 
 
-_ENDED: dict[Status, Callable[[Limits], str]] = {
-    Status.timeout: lambda limits: f"stopped after {limits.cpu_s:g} s of CPU time",
-    Status.memory: lambda limits: f"stopped: more than {limits.memory_mb} MB of memory",
-    Status.output: lambda limits: f"stopped: more than {limits.output_mb} MB of output",
-    Status.killed: lambda limits: "killed",
+_ENDED: dict[Status, Callable[[Execution, Limits], str]] = {
+    Status.timeout: lambda run, limits: (
+        f"stopped after {limits.cpu_s:g} s of CPU time" if run.wall_s < limits.wall_s else f"stopped after {limits.wall_s:g} s"
+    ),
+    Status.memory: lambda run, limits: f"stopped: more than {limits.memory_mb} MB of memory",
+    Status.output: lambda run, limits: f"stopped: more than {limits.output_mb} MB of output",
+    Status.killed: lambda run, limits: "killed",
 }
 
 
@@ -131,7 +133,7 @@ def shown(run: Execution, limits: Limits, max_output: int) -> str:
     """What the policy sees of a run: what was printed, a traceback included, and how it ended if not by itself."""
     printed = [stream.decode("utf-8", "replace").strip("\n") for stream in (run.stdout, run.stderr)]
     said = shorten("\n".join(filter(None, printed)), max_output)
-    ended = _ENDED[run.status](limits) if run.status in _ENDED else ""
+    ended = _ENDED[run.status](run, limits) if run.status in _ENDED else ""
     return "\n".join(filter(None, (said, ended))) or "(no output)"
 
 

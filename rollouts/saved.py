@@ -10,8 +10,7 @@ from typing import Any
 from grpo.config import ConfigError
 from grpo.rollouts.assembly import GroupInMaking
 from grpo.rollouts.base import Begun
-from grpo.rollouts.episode import FAILURE
-from grpo.types import Completion, FinishReason, Outcome, Rollout, Score
+from grpo.types import FAILURE, Completion, FinishReason, Outcome, Rollout, Score
 
 
 def saved(group: GroupInMaking) -> dict[str, Any]:

@@ -87,6 +87,22 @@ def test_an_environment_that_fails_leaves_its_rollout_unscored() -> None:
     assert len(unscored) == 3 and all("no such tool" in r.scores["environment"].detail for r in unscored)
 
 
+def test_a_prompt_without_room_is_one_rollouts_failure_and_not_the_runs() -> None:
+    made = itertools.count()
+
+    class Talks(SingleTurn):
+        def start(self, problem: Problem) -> Sequence[Message]:
+            return (Message("text", "?" * 3000 if next(made) % SAMPLES == 1 else problem.prompt),)
+
+    class Small(TokenEngine):
+        context_length = 2500
+
+    engine = Small()
+    found, _ = collect(groups_of(engine, Lengths(), environment=Talks), problems(3), 1)
+    unscored = [r for group in found for r in group.rollouts if not r.scored]
+    assert len(unscored) == 3 and all("first is 3000 tokens long" in r.scores["environment"].detail for r in unscored)
+
+
 @pytest.mark.parametrize("count", [2, 12])
 def test_as_many_environments_are_asked_at_once_as_they_say(count: int) -> None:
     """12 rollouts, each with a call that goes on only when ``count`` of them have come together."""

@@ -18,10 +18,10 @@ from grpo.rollouts.base import Begun, Close, Engine, Job
 from grpo.rollouts.dialogue import PlainText
 from grpo.rollouts.environments import Done, Environment, Message, SingleTurn
 from grpo.rollouts.episode import Dialogue, Episode, turn_seed
-from grpo.rollouts.guard import FAILURE, MAX_TURNS
+from grpo.rollouts.guard import MAX_TURNS
 from grpo.rollouts.scripted import ScriptedEngine
 from grpo.toy import Characters
-from grpo.types import Completion, FinishReason, Group, Outcome, Problem, Sampling, Score
+from grpo.types import FAILURE, Completion, FinishReason, Group, Outcome, Problem, Sampling, Score
 
 PROBLEM = Problem(id="p", prompt="Q: ", answer="7")
 
@@ -345,7 +345,7 @@ class Limits(Odd):
         (lambda: Odd(timeout_s="x"), "timeout_s is 'x'; it must be a finite number above 0, or None"),
         (lambda: Odd(timeout_s=math.inf), "timeout_s is inf; it must be"),
         (lambda: Odd(timeout_s=0), "timeout_s is 0; it must be"),
-        (lambda: Odd(done=1.0), "Done has the scores 1.0; they are a mapping"),
+        (lambda: Odd(done="won"), "Done has the scores 'won'; they are a number, or a mapping"),
         (lambda: Odd(done={3: 1.0}), "the name of a score is 3 (int); it must be a str"),
         (lambda: Odd(done={"a\ud800": 1.0}), "the name of a score holds half a character"),
         (lambda: Odd(done={"environment": 1.0}), "called a score 'environment', which is what its failures are called"),
@@ -376,6 +376,16 @@ def test_messages_that_have_no_form_are_the_environments_failure() -> None:
     one.start()
     assert one.advance(turn_of(one.job(0), "ab"))
     assert "ValueError: roles must alternate" in one.scores[FAILURE].detail
+
+
+def test_a_first_prompt_that_the_engine_has_no_room_for_is_the_environments_failure() -> None:
+    """PROBLEM's prompt fits exactly, and the same with a character more does not."""
+    for room, fits in (len(PROBLEM.prompt), True), (len(PROBLEM.prompt) - 1, False):
+        one = Episode(PROBLEM, 0, 0, lambda: Replies("x"), PlainText(Characters()), 10, room)
+        one.start()
+        assert (one.completion is None) is fits
+    expected = f"first is {len(PROBLEM.prompt)} tokens long, and beside rollout.max_new_tokens=10 the engine has room for {room}: "
+    assert expected in one.scores[FAILURE].detail
 
 
 def test_a_failure_needs_no_prompt() -> None:
@@ -544,6 +554,22 @@ def test_a_score_of_the_environment_does_not_replace_a_reward_part() -> None:
     rollout = one.rollout({"accuracy": Score(value=0.0)}, {"accuracy": 1.0})
     assert math.isnan(rollout.reward) and (rollout.scores["accuracy"].value, rollout.scores["won"].value) == (0.0, 0.5)
     assert "gave a score of the name accuracy, which a reward part has already" in rollout.scores[FAILURE].detail
+
+
+@pytest.mark.parametrize("score", [0.5, Score(value=0.5)])
+def test_a_score_without_a_name_is_called_score(score: Score | float) -> None:
+    one = episode(lambda: Odd(done=score))
+    one.start()
+    assert one.advance(turn_of(one.job(0), "ab")) and one.scores == {"score": Score(value=0.5)}
+    assert one.rollout({"accuracy": Score(value=1.0)}, {"accuracy": 1.0, "score": 4.0}).reward == 3.0  # 1 + 4 · 0.5
+
+
+def test_a_failed_environment_is_what_its_missing_score_names() -> None:
+    one = episode(lambda: Breaks("step", raises))
+    one.start()
+    assert one.advance(turn_of(one.job(0), "ab"))
+    rollout = one.rollout({}, {"won": 1.0})
+    assert math.isnan(rollout.reward) and rollout.scores["won"].detail == "the environment failed"
 
 
 def test_the_environments_scores_are_weighed_beside_the_reward_parts() -> None:

@@ -99,6 +99,13 @@ def test_truncated_completions_count_in_their_group_and_are_not_trained_on() -> 
     assert trained.totals.tokens == 6 and trained.totals.rollouts == 2
 
 
+def test_a_group_of_which_nothing_would_be_trained_on_has_no_signal() -> None:
+    """Rewards that differ are not enough where all that was cut off is masked; one answer that was not is."""
+    cut, in_part = (toy_group("g", [1, 0, 0], [2, 3, 4], truncated=[True, True, last]) for last in (True, False))
+    for masks, group, signal in (True, cut, False), (True, in_part, True), (False, cut, True), (True, SOLVED, False):
+        assert learner(Notes(), mask_truncated=masks).has_signal(group) is signal
+
+
 def test_the_reference_scores_what_is_trained_on_unless_the_reward_needs_it_of_all() -> None:
     cut = toy_group("g", [1, 0, 0], [2, 3, 4], truncated=[False, True, False])
     in_loss = learner(Notes(), mask_truncated=True, loss=WITH_KL, credit=Credit(advantage=advantages.center))

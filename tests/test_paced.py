@@ -51,7 +51,10 @@ def test_an_update_that_takes_long_is_overtaken_as_far_as_may_be(k: int) -> None
 
 
 def oldest(batches: Sequence[Sequence[Group]]) -> list[float]:
-    return [staleness_metrics(batch, step - 1)["rollout/staleness_max"] for step, batch in enumerate(batches, start=1)]
+    return [
+        staleness_metrics([rollout for group in batch for rollout in group.rollouts], step - 1)["rollout/staleness_max"]
+        for step, batch in enumerate(batches, start=1)
+    ]
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])

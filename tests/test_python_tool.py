@@ -21,10 +21,10 @@ from grpo.rollouts import python_tool
 from grpo.rollouts.base import Close
 from grpo.rollouts.dialogue import PlainText
 from grpo.rollouts.environments import Done, Message
-from grpo.rollouts.episode import FAILURE, Episode
+from grpo.rollouts.episode import Episode
 from grpo.rollouts.python_tool import Format, PythonTool, program_of
 from grpo.rollouts.scripted import ScriptedEngine
-from grpo.types import Completion, FinishReason, Group, Problem, Rollout, Sampling
+from grpo.types import FAILURE, Completion, FinishReason, Group, Problem, Rollout, Sampling
 
 PROBLEM = Problem(id="p", prompt="Question: 17 * 23 = ?\n", answer="391")
 
@@ -109,6 +109,7 @@ def test_calls_are_counted() -> None:
             '1\nTraceback (most recent call last):\n  File "program.py", line 2, in <module>\nZeroDivisionError: division by zero',
         ),
         ("print('go')\nwhile True: pass", "stopped after 0.5 s of CPU time"),
+        ("print('go', flush=True)\nimport time; time.sleep(60)", "stopped after 2.5 s"),  # on the clock: 3 · 0.5 + 1
         ("x = ' ' * 10**9", "stopped: more than 64 MB of memory"),
         ("import ctypes\nctypes.string_at(0)", "killed"),
         ("import sys; sys.stdout.buffer.write(b'\\xff')", "\ufffd"),

@@ -99,6 +99,19 @@ def test_the_message_names_part_share_outcomes_and_the_last_traceback() -> None:
     ]
 
 
+def test_where_the_environment_failed_that_is_the_cause_and_not_the_scores_it_did_not_give() -> None:
+    failed = {"accuracy": LATE, "environment": BROKEN, "won": Score(value=math.nan, outcome=Outcome.error, detail="the environment failed")}
+    assert [str(failure) for failure in failures([group(failed, LATE)])] == [
+        "environment: 1 unscored (error): KeyError: 'level'",
+        f"reward.accuracy: 1 unscored (timeout): {LATE.detail}",
+    ]
+    with pytest.raises(RewardFailure) as caught:
+        UnscoredStop(weights=WEIGHTS).check([group(*[failed] * 7, *[RIGHT] * 3)])
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("over 3 steps): environment error × 7") and "KeyError: 'level'" in lines[-2]
+    assert lines[1] == "  the last one, environment on completion 6 of problem 'train/7':"
+
+
 @given(st.lists(st.integers(0, 10), min_size=1, max_size=12), st.integers(0, 11), st.floats(0, 1), st.integers(1, 5))
 def test_a_resumed_run_stops_where_the_whole_one_does(unscored: list[int], cut: int, share: float, steps: int) -> None:
     whole = steps_survived(UnscoredStop(weights=WEIGHTS, share=share, steps=steps), *unscored)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo.rollouts.episode import FAILURE
 from grpo.rollouts.verifiers_episodes import VerifiersTask
-from grpo.types import Outcome
+from grpo.types import FAILURE, Outcome
 
 from .played_episodes import needs_verifiers, of_verifiers, play, problems, turn_of, values, wait_until
 
