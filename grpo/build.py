@@ -203,7 +203,7 @@ def assemble(
     if given := config.rollout.engine_args.get("max_model_len"):  # else the engine says it, when it has started
         check_rows({"train": train_problems, "heldout": heldout}, checked, tokenizer, given)
     logger.phase(f"starting {config.rollout.engine}")
-    ranks = make_ranks(config, where, stack, stop)  # before the engines, which may have to share their GPUs
+    ranks = make_ranks(config, folder, where, stack, stop)  # before the engines, which may have to share their GPUs
     engine = make_engine(config, folder, tokenizer, where, stack, stop, run.exchange, ranks)
     check_rows({"train": train_problems, "heldout": heldout}, checked, tokenizer, engine.context_length)
     stack.enter_context(shared_by_environments(checked))
@@ -213,7 +213,8 @@ def assemble(
     num_weights = sum(map(math.prod, checkpoint_shapes(folder, config.model.revision).values()))
     every = config.run.checkpoint_every or config.run.steps
     kept = min(config.run.keep_checkpoints, -(-config.run.steps // every) - 1)  # beside one that is written
-    if note := checkpoint.little_room(run, num_weights, NUM_MOMENTS[config.optim.name], kept, best=bool(heldout)):
+    moments = NUM_MOMENTS[config.optim.name]
+    if note := checkpoint.little_room(run, num_weights, where.dtype_name, moments, kept, best=bool(heldout)):
         warnings.warn(note, stacklevel=2)
     makers = GroupMakers(checked=checked, engine=engine, runtime=runtime, tokenizer=tokenizer)
 
@@ -292,7 +293,7 @@ def retrain(config: Config, run: RunFolder, step: int, *, new_reward: bool) -> t
     config = without_engines(config)
     where, folder = machine(config), resolve_model(config.model.path, revision=config.model.revision)
     with StopSignal() as stop, ExitStack() as stack, stop.anywhere():  # nothing is written: it can be cut off at any moment
-        policy = make_policy(config, folder, make_tokenizer(folder, config), where, make_ranks(config, where, stack, stop))
+        policy = make_policy(config, folder, make_tokenizer(folder, config), where, make_ranks(config, folder, where, stack, stop))
         learner = make_learner(checked, policy)
         if step > 1:
             state = checkpoint.load(run, step - 1)

@@ -72,14 +72,15 @@ def save(run: RunFolder, step: int, policy: Policy, state: Mapping[str, Any], ke
     _remove_all(run, [s for s in steps(run) if s <= step][:-keep])
 
 
-def little_room(run: RunFolder, num_weights: int, moments: int, keep: int, *, best: bool) -> str | None:
+def little_room(run: RunFolder, num_weights: int, precision: str, moments: int, keep: int, *, best: bool) -> str | None:
     """What there is to say before a run whose checkpoints will not fit on its disk; None: they will.
 
-    A checkpoint has a weight at least in bf16 and in fp32, and ``moments`` fp32 numbers of the optimiser's. A new one is written before
-    an old one goes. ``best``: the run evaluates, and keeps the model of its best evaluation too, alone. While that is replaced there are
-    two of it, but no checkpoint is written then.
+    A checkpoint has a weight as it is computed with (``precision``) and in fp32, and ``moments`` fp32 numbers of the optimiser's. A new one
+    is written before an old one goes. ``best``: the run evaluates, and keeps the model of its best evaluation too, alone. While that is
+    replaced there are two of it, but no checkpoint is written then.
     """
-    one, model = num_weights * (2 + 4 + 4 * moments), num_weights * 2 * best
+    width: int = getattr(torch, precision).itemsize
+    one, model = num_weights * (width + 4 + 4 * moments), num_weights * width * best
     folders = [*map(run.checkpoint, steps(run)), run.best_checkpoint]
     there = sum(file.stat().st_size for folder in folders for file in _files(folder).values())
     needed, free = (keep + 1) * one + model - there, shutil.disk_usage(run.path).free
@@ -111,7 +112,7 @@ def last_sound_step(run: RunFolder) -> int:
     if not found and (run.saved_mark.exists() or any("time/checkpoint" in row for row in run.read_metrics())):  # a copy may lack the mark
         raise ConfigError("run.resume", f"the checkpoints of {run.path} are gone", "put them back, or start anew under another run.name")
     for step in reversed(found):
-        damage = damaged_file(run.checkpoint(step))
+        damage = damaged_file(run.checkpoint(step)) or _misplaced(run, step)
         if damage is None:
             return step
         warnings.warn(f"checkpoint of step {step}: {damage}; going back to the one before", stacklevel=2)
@@ -179,6 +180,12 @@ def damaged_model(folder: Path) -> str | None:
         if weights.name not in expected:  # vLLM would load it with the others
             warnings.warn(f"{weights} is not in {CHECKSUM_FILE}", stacklevel=2)
     return None
+
+
+def _misplaced(run: RunFolder, step: int) -> str | None:
+    """A copy under another step's name is sound, and not what its name says."""
+    made = load(run, step)["step"]
+    return None if made == step else f"it is that of step {made}, under another name"
 
 
 def _written(folder: Path) -> dict[str, str]:

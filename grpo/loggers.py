@@ -130,7 +130,11 @@ class WandbLogger(Logger):
             return
         self._guard(lambda: self._init(mode, config, run))
         if self._run is None and mode is WandbMode.online:
+            self._guard(_end_service)  # which holds the run's id as in use
             self._guard(lambda: self._init(WandbMode.offline, config, run))
+            if self._run is not None:
+                sync = f"wandb sync {run.path}/wandb/offline-run-*"
+                print(f"  → it logs offline now; when its server can be reached: {sync}", file=sys.stderr)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._run is not None:

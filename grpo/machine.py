@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from grpo.config import BETWEEN_GPUS, Config, ConfigError, EngineName, Precision, TransferName
-from grpo.environment import usable_cores, vllm_is_for_gpus
+from grpo.environment import available_memory, usable_cores, vllm_is_for_gpus
 from grpo.interrupt import StopSignal
 
 if TYPE_CHECKING:
     from grpo.ranks import Ranks
     from grpo.rollouts.placement import GPU
+
+
+LEAST_STORE = 1_500_000_000  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +173,11 @@ def gpus_of_trainer(where: Machine, ranks: Ranks | None) -> list[GPU]:
     return [GPU(ray.get_runtime_context().get_node_id(), visible_name(where.device, os.environ.get("CUDA_VISIBLE_DEVICES")))]
 
 
-def need_ray(config: Config, where: Machine, stack: ExitStack, stop: StopSignal) -> None:
-    """Start Ray, unless it is running, with room for engines and ranks; ``stack`` stops it. They take turns, so both may have all cores."""
+def need_ray(config: Config, where: Machine, stack: ExitStack, stop: StopSignal, model: str) -> None:
+    """Start Ray, unless it is running, with room for engines and ranks, and for the weights of ``model`` on their way; ``stack`` stops it.
+
+    Engines and ranks take turns, so both may have all cores.
+    """
     import ray
 
     from grpo.rollouts.pool import start_ray, stop_ray
@@ -180,6 +187,21 @@ def need_ray(config: Config, where: Machine, stack: ExitStack, stop: StopSignal)
     rollout, ranks = config.rollout, config.trainer.ranks
     cpus = rollout.num_engines * cpus_per_engine(config, where) + (ranks * cpus_per_rank(config, where) if ranks > 1 else 0)
     gpus = gpus_of_engines(config) + (ranks if ranks > 1 and where.device == "cuda" else 0)
-    start_ray(num_cpus=max(where.cores, cpus), num_gpus=gpus)
+    start_ray(num_cpus=max(where.cores, cpus), num_gpus=gpus, object_store_memory=object_store(config, where, model))
     stack.callback(stop_ray)
     stop.take()
+
+
+def object_store(config: Config, where: Machine, model: str) -> int:
+    """Bytes of Ray's store. Where weights travel through it, there are two copies: the last that were sent, and the next.
+
+    No more than half of the memory that is free: what does not fit, Ray keeps in files.
+    """
+    from grpo.rollouts.weights import checkpoint_shapes
+
+    if config.rollout.engine is not EngineName.vllm or config.rollout.transfer is not TransferName.shared_memory:
+        return LEAST_STORE
+    width = {"bfloat16": 2, "float32": 4}[where.dtype_name]
+    weights = width * sum(map(math.prod, checkpoint_shapes(model, config.model.revision).values()))
+    needed, free = 2 * weights + LEAST_STORE // 3, available_memory()
+    return max(LEAST_STORE, needed if free is None else min(needed, free // 2))

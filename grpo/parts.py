@@ -73,14 +73,14 @@ def make_engine(
     from grpo.rollouts.vllm import VLLMEngine
 
     cpus = cpus_per_engine(config, where)
-    need_ray(config, where, stack, stop)
+    need_ray(config, where, stack, stop, folder)
     pool = EnginePool(
         num_engines=rollout.num_engines,
         cpus_per_engine=cpus,
         gpus_per_engine=0 if rollout.colocate else rollout.gpus_per_engine,
         places=places(gpus_of_trainer(where, ranks), rollout.gpus_per_engine) if rollout.colocate else None,
         schedule=rollout.schedule.value,
-        transfer=None if exchange is None else make_transfer(rollout.transfer, exchange, stack),
+        transfer=None if exchange is None else make_transfer(rollout, exchange, stack),
         hang_timeout=rollout.hang_timeout_s,
         start_timeout=rollout.start_timeout_s,
         factory=VLLMEngine,
@@ -125,11 +125,12 @@ def vllm_arguments(config: Config, where: Machine) -> dict[str, Any]:
     return {**parallel, **shared, **rollout.engine_args}
 
 
-def make_transfer(name: TransferName, folder: Path, stack: ExitStack) -> Transfer:
+def make_transfer(rollout: RolloutConfig, folder: Path, stack: ExitStack) -> Transfer:
     """``ray`` must be running."""
     from grpo.rollouts.cuda_ipc import CudaIPC
     from grpo.rollouts.peer import PeerToPeer
 
+    name = rollout.transfer
     if name is TransferName.disk:
         return Disk(folder)
     if name is TransferName.shared_memory:
@@ -137,7 +138,9 @@ def make_transfer(name: TransferName, folder: Path, stack: ExitStack) -> Transfe
     if name is TransferName.cuda_ipc:
         mapped: CudaIPC = stack.enter_context(_closing(CudaIPC()))
         return mapped
-    peers: PeerToPeer = stack.enter_context(_closing(PeerToPeer(name.value)))
+    # An engine that died holds up the others' parcels for that long: they must not seem to hang meanwhile.
+    timeout = min(60.0, rollout.hang_timeout_s / 4)
+    peers: PeerToPeer = stack.enter_context(_closing(PeerToPeer(name.value, timeout)))
     return peers
 
 
@@ -187,13 +190,13 @@ def load_model(folder: str, config: Config, *, empty: bool = False) -> Any:
     return model
 
 
-def make_ranks(config: Config, where: Machine, stack: ExitStack, stop: StopSignal) -> Ranks | None:
+def make_ranks(config: Config, folder: str, where: Machine, stack: ExitStack, stop: StopSignal) -> Ranks | None:
     """The processes that train, which ``stack`` ends; None: this one does."""
     if config.trainer.ranks == 1:
         return None
     from grpo.ranks import Ranks
 
-    need_ray(config, where, stack, stop)
+    need_ray(config, where, stack, stop, folder)
     made: Ranks = stack.enter_context(
         _closing(Ranks(config.trainer.ranks, cpus_per_rank=cpus_per_rank(config, where), device=where.device))
     )

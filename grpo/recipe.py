@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib import resources
@@ -271,6 +271,7 @@ def load_run(folder: Path, overrides: Sequence[str] = (), reward: str | None = N
     prepare(overrides)
     replaced, rest = replacements(overrides)
     kept = config_file.read(folder / "config.yaml")
+    _check_whole(kept, folder / "config.yaml")
     try:
         composed = OmegaConf.merge(OmegaConf.structured(Config), _literal(kept))
         assert isinstance(composed, DictConfig)
@@ -290,6 +291,21 @@ def load_run(folder: Path, overrides: Sequence[str] = (), reward: str | None = N
     _drop_idle(composed, overrides, *(("reward", "eval.problems") if reward is not None else ()))
     _give_a_gpu(composed, overrides)
     return to_config(composed)
+
+
+def _check_whole(kept: Mapping[str, Any], file: Path) -> None:
+    """A key that is not there would take its default, and the run would go on as another one."""
+    lacking = [key for key in keys() if not _has(kept, key.split("."))]
+    if lacking:
+        others = f" and {len(lacking) - 1} more" if lacking[1:] else ""
+        what = f"{file} has no {lacking[0]}{others}: it was cut off, or is of another version of grpo-toolkit"
+        raise ConfigError("run.resume", what, "put it back as it was, or add them (`grpo recipes show` lists every key)")
+
+
+def _has(node: Any, names: Sequence[str]) -> bool:
+    if not names:
+        return True
+    return isinstance(node, Mapping) and names[0] in node and _has(node[names[0]], names[1:])
 
 
 def _place(folder: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from grpo.rewards.health import Failure, failures
 from grpo.rollouts.assembly import Scorer
 from grpo.rollouts.episode import judged
 from grpo.run import MEASURED
+from grpo.show import number
 from grpo.types import FAILURE, Group, Outcome, Rollout, Score
 
 
@@ -95,8 +96,10 @@ def report(replays: Iterable[StepReplay], limit: int = 5) -> str:
     lines += [f"  {failure}" for failure in sorted(failed.values(), key=lambda f: -f.count)]
     for change in largest:
         lines.append(f"\nstep {change.step}, {change.before.problem.id}, completion {change.before.completion.index}: "
-                     f"{change.before.reward:g} → {change.after.reward:g} (answer {change.before.problem.answer!r})")
-        lines += [f"  {part}: {score.value:g} {score.outcome} {score.detail[:200]}" for part, score in change.after.scores.items()]
+                     f"{number(change.before.reward)} → {number(change.after.reward)} (answer {change.before.problem.answer!r})")
+        for part, score in change.after.scores.items():
+            said = score.detail.strip().splitlines()[-1:]  # of a traceback, the error
+            lines.append(f"  {part}: {number(score.value)} {score.outcome} {''.join(said)[:200]}")
         lines.append("  " + change.before.completion.text.strip()[-300:].replace("\n", "\n  "))
     return "\n".join(lines)
 

@@ -115,8 +115,8 @@ def summary(step: int, rows: Sequence[Row]) -> str:
 
 def _print_rollout(row: Row, choice: Choice, console: Console) -> None:
     console.rule(f"[bold]{escape(row['problem_id'])}[/bold] · completion {row['index']}", align="left")
-    facts = [f"reward {_number(row['reward'])}"]
-    facts += [f"{part} {_number(score.value)}" + _odd(str(score.outcome)) for part, score in parts_of(row).items()]
+    facts = [f"reward {number(row['reward'])}"]
+    facts += [f"{part} {number(score.value)}" + _odd(str(score.outcome)) for part, score in parts_of(row).items()]
     if row.get("dropped"):
         facts.append("not trained on: group dropped, without signal")
     if row["advantage"] is not None:
@@ -157,7 +157,7 @@ def _odd(outcome: str) -> str:
     return "" if outcome == Outcome.ok else f" ({outcome})"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "unscored" if value is None or math.isnan(value) else f"{value:g}"
 
 

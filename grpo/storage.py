@@ -64,6 +64,8 @@ def sync(path: Path) -> None:
 def _remedy(path: Path, cause: OSError) -> str:
     if cause.errno in (errno.ENOSPC, errno.EDQUOT):
         there = next(folder for folder in path.absolute().parents if folder.exists())
+        if cause.errno == errno.ENOSPC and not os.statvfs(there).f_favail:
+            return "there is no room for another file, however small (df -i): remove some, and go on"
         free = shutil.disk_usage(there).free / 2**20
         return f"{free:,.0f} MiB are free there: make room, or keep fewer checkpoints (run.keep_checkpoints), and go on"
     if cause.errno in (errno.EROFS, errno.EACCES, errno.EPERM):

@@ -220,7 +220,10 @@ class Trainer:
         """What the present step lacks: the evaluation at the start; or, stopped after its checkpoint, its evaluation and its row."""
         rows = self.run.read_metrics()
         if self.run.best_checkpoint.is_dir():
-            self.best = self.run.read_best() or best_of(rows)
+            if damage := checkpoint.damaged_model(self.run.best_checkpoint):
+                self.logger.note(f"checkpoints/best is damaged ({damage}): it begins anew")
+            else:
+                self.best = self.run.read_best() or best_of(rows)
         if self.best and self.best.step > self.step and self.best.judged_by(self.judge()):
             self.logger.note(f"checkpoints/best stays {self.best} until it is beaten, though this run goes on from step {self.step}")
         recorded = next((row for row in rows if row["step"] == self.step), {})

@@ -113,7 +113,7 @@ def sample_in_a_pool(num_engines: int) -> None:
     from grpo.rollouts.pool import EnginePool
 
     def make_engine(config: Any, folder: str, tokenizer: Any, where: Any, stack: Any, stop: Any, *_: Any) -> EnginePool:
-        parts.need_ray(config, where, stack, stop)
+        parts.need_ray(config, where, stack, stop, folder)
         kwargs = {"model": folder, "dtype": where.dtype_name}
         pool = EnginePool(num_engines=num_engines, cpus_per_engine=1, factory=HFEngine, kwargs=kwargs, schedule="free")
         stack.callback(pool.close)

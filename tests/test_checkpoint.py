@@ -147,6 +147,14 @@ def test_the_wandb_run_and_the_end_of_the_metrics_are_in_it(run: RunFolder) -> N
     assert run.wandb_id_file.read_text() == "abc"
 
 
+def test_a_copy_under_another_steps_name_is_not_gone_on_from(run: RunFolder) -> None:
+    shutil.copytree(run.checkpoint(3), run.checkpoint(5))
+    with pytest.warns(UserWarning, match="checkpoint of step 5: it is that of step 3, under another name; going back"):
+        assert checkpoint.last_sound_step(run) == 3
+    checkpoint.rewind(run, 3)
+    assert checkpoint.steps(run) == [2, 3] and (run.checkpoints / "damaged_step_000005").is_dir()
+
+
 class Talkative(Numbers):
     """Its tokenizer has two chat templates, and transformers a folder for the second."""
 
@@ -170,8 +178,8 @@ def test_files_in_folders_are_synced_checked_and_counted(run: RunFolder, tokeniz
     files = [run.checkpoint(4) / name for name in json.loads((run.checkpoint(4) / "checksums.json").read_text())]
     there = sum(file.stat().st_size for file in (*files, run.checkpoint(4) / "checksums.json"))
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
-    assert checkpoint.little_room(run, there // 28, moments=2, keep=1, best=False) is None
-    assert checkpoint.little_room(run, there // 28 + 1, moments=2, keep=1, best=False) is not None
+    assert checkpoint.little_room(run, there // 28, "bfloat16", moments=2, keep=1, best=False) is None
+    assert checkpoint.little_room(run, there // 28 + 1, "bfloat16", moments=2, keep=1, best=False) is not None
     _flip(run.checkpoint(4) / "additional_chat_templates" / "tool_use.jinja")
     assert checkpoint.damaged_file(run.checkpoint(4)) == "additional_chat_templates/tool_use.jinja is not what was written"
 
@@ -272,12 +280,14 @@ def test_too_small_a_disk_is_known_before_the_run(run: RunFolder, monkeypatch: p
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - free, free))
     there = sum(file.stat().st_size for step in (2, 3) for file in run.checkpoint(step).iterdir())  # what goes for the new ones
     free = 3 * 140_000_000 - there
-    assert checkpoint.little_room(run, 10_000_000, moments=2, keep=2, best=False) is None
+    assert checkpoint.little_room(run, 10_000_000, "bfloat16", moments=2, keep=2, best=False) is None
     free -= 1
-    said = checkpoint.little_room(run, 10_000_000, moments=2, keep=2, best=False)
+    said = checkpoint.little_room(run, 10_000_000, "bfloat16", moments=2, keep=2, best=False)
     assert said and "(2 that are kept and one that is written, 134 MiB each)" in said and "run.keep_checkpoints" in said
-    assert checkpoint.little_room(run, 10_000_000, moments=0, keep=2, best=False) is None
-    assert checkpoint.little_room(run, 10_000_000, moments=2, keep=1, best=False) is None
+    assert checkpoint.little_room(run, 10_000_000, "bfloat16", moments=0, keep=2, best=False) is None
+    said = checkpoint.little_room(run, 10_000_000, "float32", moments=2, keep=2, best=False)  # 2 bytes a weight more: 152.6 MiB
+    assert said and "153 MiB each" in said
+    assert checkpoint.little_room(run, 10_000_000, "bfloat16", moments=2, keep=1, best=False) is None
 
 
 def test_the_best_model_counts_as_room(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,11 +297,11 @@ def test_the_best_model_counts_as_room(run: RunFolder, monkeypatch: pytest.Monke
     checkpoint.save_best(run, Numbers(1.0), Best(step=1, score=0.25))  # type: ignore[arg-type]
     there = sum(file.stat().st_size for name in ("step_000002", "step_000003", "best") for file in (run.checkpoints / name).iterdir())
     free = 2 * 60_000_000 + 20_000_000 - there
-    assert checkpoint.little_room(run, 10_000_000, moments=0, keep=1, best=True) is None
+    assert checkpoint.little_room(run, 10_000_000, "bfloat16", moments=0, keep=1, best=True) is None
     free -= 1
-    said = checkpoint.little_room(run, 10_000_000, moments=0, keep=1, best=True)
+    said = checkpoint.little_room(run, 10_000_000, "bfloat16", moments=0, keep=1, best=True)
     assert said and "57 MiB each, and 19 MiB of the best model)" in said
-    assert checkpoint.little_room(run, 10_000_000, moments=0, keep=1, best=False) is None
+    assert checkpoint.little_room(run, 10_000_000, "bfloat16", moments=0, keep=1, best=False) is None
 
 
 def test_the_best_model_says_which_it_is_under_its_checksums(run: RunFolder) -> None:

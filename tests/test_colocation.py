@@ -145,12 +145,14 @@ def test_vllm_is_told_to_leave_room(monkeypatch: pytest.MonkeyPatch) -> None:
         (4, False, 8),  # and as many again for engines
     ],
 )
-def test_a_shared_gpu_is_claimed_once(monkeypatch: pytest.MonkeyPatch, ranks: int, colocate: bool, claimed: int) -> None:
+def test_a_shared_gpu_is_claimed_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ranks: int, colocate: bool, claimed: int
+) -> None:
     asked: list[int] = []
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("grpo.rollouts.pool.start_ray", lambda *, num_cpus, num_gpus: asked.append(num_gpus))
+    monkeypatch.setattr("grpo.rollouts.pool.start_ray", lambda *, num_gpus, **_: asked.append(num_gpus))
     with ExitStack() as stack, StopSignal() as stop:
-        need_ray(config_of(ranks, ranks, colocate), Machine(device="cuda", dtype_name="bfloat16", cores=8), stack, stop)
+        need_ray(config_of(ranks, ranks, colocate), Machine(device="cuda", dtype_name="bfloat16", cores=8), stack, stop, str(tmp_path))
         stack.pop_all()
     assert asked == [claimed]
 

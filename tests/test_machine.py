@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 from grpo import environment, parts
 from grpo.config import Config, ConfigError
-from grpo.machine import Machine, cpus_of_trainer, cpus_per_engine, gpus_of_cluster, machine, trainer_device, without_trainer
+from grpo.machine import Machine, cpus_of_trainer, cpus_per_engine, gpus_of_cluster, machine, object_store, trainer_device, without_trainer
 from grpo.recipe import load_recipe
 
 
@@ -217,3 +220,24 @@ def test_cores_are_divided_where_sampling_and_training_go_on_at_once(words: list
 
 def replace_gpus(config: Config, gpus: int) -> Config:
     return replace(config, rollout=replace(config.rollout, gpus_per_engine=gpus))
+
+
+@pytest.mark.parametrize(
+    ("words", "dtype_name", "free", "gigabytes"),
+    [
+        ([], "bfloat16", 100, 4.5),  # 2 · 1e9 · 2 bytes, and half a gigabyte
+        ([], "float32", 100, 8.5),
+        ([], "float32", 10, 5.0),  # half of what is free
+        ([], "bfloat16", 2, 1.5),
+        (["rollout.transfer=disk"], "bfloat16", 100, 1.5),
+        (["rollout=hf"], "bfloat16", 100, 1.5),
+    ],
+)
+def test_rays_store_has_room_for_two_copies_of_the_weights(
+    words: list[str], dtype_name: str, free: int, gigabytes: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [10**5, 10**4], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    monkeypatch.setattr("grpo.machine.available_memory", lambda: free * 10**9)
+    here = Machine(device="cpu", dtype_name=dtype_name, cores=2)
+    assert object_store(config_of(*words), here, str(tmp_path)) == pytest.approx(gigabytes * 1e9)

@@ -123,3 +123,12 @@ def test_a_name_that_is_taken_is_gone_on_with_by_a_command_that_can_be_typed(tmp
         RunFolder.create(tmp_path / "my runs", RECIPE, "one & two")
     command = str(caught.value).partition("go on with it: ")[2]
     assert shlex.split(command) == ["grpo", "train", str(run.path)]
+
+
+def test_a_configuration_that_was_cut_off_is_refused(run: Path) -> None:
+    """With defaults in the place of what is missing, the run would go on as another one."""
+    file = run / "config.yaml"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[: lines.index("optim:")]))
+    with pytest.raises(ConfigError, match=r"run\.resume: .*config\.yaml has no optim\.name and \d+ more: it was cut off, or is of another"):
+        load_run(run)

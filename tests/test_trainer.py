@@ -270,6 +270,16 @@ def test_a_best_model_that_was_deleted_is_made_again(tmp_path: Path, tiny_model:
     assert step_and_score(run) == (3, 1.0), "though the rows of steps 0 to 2 are as good"
 
 
+def test_a_best_model_that_was_damaged_is_made_again(tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_recipe(evaluated_each_step(tmp_path, tiny_model, ALL_PASS), "run.steps=2", "run.name=first")
+    weights = run.best_checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    go_on(run, "run.steps=3", "logger.console=true")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "checkpoints/best is damaged (model.safetensors is not what was written): it begins anew" in said
+    assert step_and_score(run) == (3, 1.0) and checkpoint.damaged_model(run.best_checkpoint) is None
+
+
 def test_a_step_that_was_evaluated_twice_was_not_gone_back_behind() -> None:
     """Killed between the best model and its row; what was evaluated again scored lower."""
     rows = [{"step": 2, "eval/pass@1": 0.25}, {"step": 4, "eval/pass@1": 0.5}]

@@ -186,6 +186,19 @@ def test_a_digest_of_values_does_not_see_the_sign_of_zero() -> None:
     assert digest_of_values(plus) == digest_of_values(minus) == digest(plus)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_digest_of_values_does_not_see_what_a_product_takes_for_zero(dtype: torch.dtype) -> None:
+    """2⁻¹²⁷ is below the least normal number of both, 2⁻¹²⁶ is that."""
+    below, zero, least = (torch.tensor([value, 1.0], dtype=dtype) for value in (-(2.0**-127), 0.0, 2.0**-126))
+    assert digest(below) != digest(zero) and digest_of_values(below) == digest_of_values(zero) == digest(zero)
+    assert digest_of_values(least) == digest(least) != digest(zero)
+
+
+def test_a_digest_of_values_sees_the_small_numbers_of_float16() -> None:
+    small, minus, zero = (torch.tensor([value, 1.0], dtype=torch.float16) for value in (2.0**-24, -0.0, 0.0))
+    assert digest_of_values(small) == digest(small) and digest_of_values(minus) == digest(zero)
+
+
 def test_a_report_has_one_digest_whatever_the_order() -> None:
     a, b = ({"version": 1, "num_bytes": 8, "seconds": 0.5, "read_back": 2} for _ in range(2))
     first = SyncReport(digests={"x": "1", "y": "2"}, **a)
