@@ -5,9 +5,9 @@ layer is read by what it computes: rows of the identity matrix through it give c
 term that is not zero; numbers below 2⁻¹²⁶, which bfloat16's products take for 0, count as 0. So the very copy is read that the samples are
 computed with: a tied head whose packed copy was not renewed shows at once.
 
-All columns of 135M parameters are 0.2 TFLOP, so a sixteenth of every matrix is read at a time, another each time. A stale tensor shows in
-any of them: even the first step at a learning rate of 1e-6 changes one in a thousand of a bfloat16 matrix's entries, of SmolLM2-135M's 129 at
-least. One number that was not applied shows within sixteen times, if it stays so.
+All columns of 135M parameters are 0.2 TFLOP, so a sixteenth of every matrix is read at a time, another each time. A stale tensor shows
+in any of them: even the first step at a learning rate of 1e-6 changes one in a thousand of a bfloat16 matrix's entries, 129 at least in
+SmolLM2-135M's. One number that was not applied shows within sixteen times, if it stays so.
 
 Read back are linear layers, embeddings, norms and biases, unquantised; of several workers, each reads the shards it holds (``Part``).
 Experts and derived matrices (MLA's absorbed ones) are not: of each kind of those, ``proof.self_test`` tries one.
